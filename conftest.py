@@ -1,0 +1,20 @@
+"""Wire pytest and nbval: where the kernels find the module, and what strict comparison leaves out."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def pytest_configure(config):
+    """Put the root on the path of this process and of the kernels, which don't read pytest's settings."""
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def pytest_collectstart(collector):
+    """Leave stderr out of nbval's comparison: progress and warnings of a machine are not results."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += ("stderr",)

@@ -1,0 +1,60 @@
+"""Fixtures that several test files share."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: tests need no window
+
+from petseg_utils import InputError, Pets, draw_sample_pets
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Keep PyTorch on one thread: for tensors this small, more only get in each other's way."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory) -> Path:
+    """Return the folder oxford-iiit-pet of a small stand-in dataset, 24 + 12 pictures; leave it unchanged."""
+    return draw_sample_pets(tmp_path_factory.mktemp("sample"), trainval=24, test=12, seed=0, side=64)
+
+
+@pytest.fixture(scope="session")
+def oxford() -> Path:
+    """Return the folder oxford-iiit-pet of the real dataset."""
+    if "PETSEG_DATA" not in os.environ:
+        pytest.skip("PETSEG_DATA is not set: set it to the folder that holds the real oxford-iiit-pet.")
+    return Path(os.environ["PETSEG_DATA"]) / "oxford-iiit-pet"
+
+
+@pytest.fixture(scope="session")
+def pets() -> Pets:
+    """Return 8 pictures of 16 x 16 pixels, in memory, in which the colour gives each label away."""
+    random = torch.Generator().manual_seed(0)
+    coarse = torch.randint(3, (8, 4, 4), generator=random, dtype=torch.uint8)
+    masks = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)  # (8, 16, 16)
+    noise = torch.randint(-20, 20, (8, 3, 16, 16), generator=random)
+    images = (torch.eye(3)[masks.long()].permute(0, 3, 1, 2) * 180 + 40 + noise).byte()
+    return Pets([f"{breed}_{number}" for breed in ("pug", "Bengal") for number in range(4)], images, masks)
+
+
+@pytest.fixture
+def complains():
+    """Return a context that expects an `InputError`, told in one sentence that holds all the given words."""
+
+    @contextmanager
+    def context(*words):
+        with pytest.raises(InputError) as caught:
+            yield
+        message = str(caught.value)
+        assert message.endswith(".")
+        assert "\n" not in message
+        for word in words:
+            assert str(word) in message
+
+    return context

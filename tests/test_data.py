@@ -1,0 +1,431 @@
+"""The data section: the stand-in dataset, the splits, loading, augmentation, and all broken files."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.datasets import OxfordIIITPet
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as oracle
+
+import petseg_utils
+from petseg_utils import (
+    IGNORE,
+    augment,
+    breed_of,
+    draw_sample_pets,
+    find_dataset,
+    hold_out,
+    load_pets,
+    read_split,
+)
+
+SPLITS = {"trainval": 24, "test": 12}  # images in the stand-in that the fixture `sample` draws
+
+
+# ------------------------------------------------------------------- the stand-in
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_torchvision_reads_the_stand_in_with_the_same_content(sample, split):
+    theirs = OxfordIIITPet(sample.parent, split=split, target_types="segmentation", download=False)
+    listed = [line.split()[0] for line in (sample / "annotations" / f"{split}.txt").read_text().splitlines()]
+    ours = load_pets(sample, read_split(sample, split), 32)
+    assert len(theirs) == len(ours.names) == SPLITS[split]
+    for name, (image, trimap) in zip(listed, theirs, strict=True):
+        index = ours.names.index(name)
+        expected_image = oracle.resize(oracle.pil_to_tensor(image), [32, 32], antialias=True)
+        expected_mask = oracle.resize(
+            oracle.pil_to_tensor(trimap), [32, 32], InterpolationMode.NEAREST_EXACT
+        )[0]
+        assert (ours.images[index].int() - expected_image.int()).abs().max() <= 1
+        assert torch.equal(ours.masks[index], expected_mask - 1)
+
+
+def test_torchvision_finds_the_categories_that_the_names_tell(sample):
+    theirs = OxfordIIITPet(sample.parent, target_types=["category", "binary-category"], download=False)
+    lines = [line.split() for line in (sample / "annotations" / "trainval.txt").read_text().splitlines()]
+    for (name, *_), (_, (category, species)) in zip(lines, theirs, strict=True):
+        assert theirs.classes[category] == breed_of(name).replace("_", " ").title()
+        assert theirs.bin_classes[species] == ("Cat" if name[0].isupper() else "Dog")
+
+
+def test_list_names_every_picture_of_both_splits(sample):
+    texts = {name: (sample / "annotations" / f"{name}.txt").read_text() for name in ("list", *SPLITS)}
+    listed = [line for line in texts["list"].splitlines() if not line.startswith("#")]
+    assert sorted(listed) == sorted((texts["trainval"] + texts["test"]).splitlines())
+    for folder, kind in (("images", "jpg"), ("annotations/trimaps", "png")):
+        assert len(list((sample / folder).glob(f"*.{kind}"))) == len(listed)
+
+
+def test_stand_in_shows_all_classes_and_different_sizes(sample):
+    trimaps = [Image.open(path) for path in sorted((sample / "annotations" / "trimaps").iterdir())]
+    assert all(set(np.unique(trimap)) == {1, 2, 3} for trimap in trimaps)
+    assert len({trimap.size for trimap in trimaps}) > len(trimaps) / 2
+    assert {trimap.width > trimap.height for trimap in trimaps} == {True, False}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_same_seed_draws_the_same_bytes_and_another_seed_does_not(tmp_path):
+    first, again, other = (
+        contents(draw_sample_pets(tmp_path / name, trainval=3, test=2, seed=seed, side=48))
+        for name, seed in (("first", 5), ("again", 5), ("other", 6))
+    )
+    assert first == again
+    assert first.keys() == other.keys()
+    pictures = [name for name in first if name.startswith("images")]
+    assert len(pictures) == 5
+    assert all(first[name] != other[name] for name in pictures)
+
+
+def test_what_was_drawn_before_is_kept_until_other_arguments_are_given(tmp_path):
+    folder = draw_sample_pets(tmp_path, trainval=2, test=1, side=48)
+    marker = folder / "marker"
+    marker.touch()
+    assert draw_sample_pets(tmp_path, trainval=2, test=1, side=48) == folder
+    assert marker.exists()
+    draw_sample_pets(tmp_path, trainval=2, test=2, side=48)
+    assert not marker.exists()
+    assert len(read_split(folder, "test")) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["oxford-iiit-pet"]  # nothing is left beside it
+
+
+def test_folder_that_was_not_drawn_here_is_left_alone(tmp_path):
+    precious = tmp_path / "oxford-iiit-pet" / "annotations" / "README"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("the real dataset")
+    with pytest.raises(ValueError, match="oxford-iiit-pet"):
+        draw_sample_pets(tmp_path, trainval=2, test=1, side=48)
+    assert contents(tmp_path) == {"oxford-iiit-pet/annotations/README": b"the real dataset"}
+
+
+# ------------------------------------------------------------------- splits
+
+
+def test_splits_are_disjoint(sample):
+    assert set(read_split(sample, "trainval")).isdisjoint(read_split(sample, "test"))
+
+
+def test_limit_draws_some_of_the_names_by_the_seed(sample):
+    everything = read_split(sample, "trainval")
+    some = read_split(sample, "trainval", limit=10, seed=1)
+    assert len(set(some)) == 10
+    assert set(some) < set(everything)
+    assert some == sorted(some) == read_split(sample, "trainval", limit=10, seed=1)
+    assert some != read_split(sample, "trainval", limit=10, seed=2)
+    assert read_split(sample, "trainval", limit=1000) == everything
+
+
+def test_breed_is_all_before_the_last_underscore():
+    assert [breed_of(name) for name in ("pug_7", "Maine_Coon_12")] == ["pug", "Maine_Coon"]
+
+
+@pytest.mark.parametrize(("fraction", "of_thirty", "of_ten"), [(0.1, 3, 1), (0.2, 6, 2), (0.01, 1, 1)])
+def test_hold_out_takes_the_fraction_of_every_breed_and_at_least_one_image(fraction, of_thirty, of_ten):
+    names = [f"pug_{i}" for i in range(30)] + [f"Maine_Coon_{i}" for i in range(10)]
+    rest, held = hold_out(names, fraction, seed=3)
+    assert sorted(rest + held) == sorted(names)
+    assert set(rest).isdisjoint(held)
+    assert [breed_of(name) for name in held].count("pug") == of_thirty
+    assert [breed_of(name) for name in held].count("Maine_Coon") == of_ten
+
+
+def test_hold_out_depends_on_the_seed_and_not_on_the_order_of_names(sample):
+    names = read_split(sample, "trainval")
+    held = hold_out(names, seed=0)[1]
+    assert set(hold_out(names[::-1], seed=0)[1]) == set(held)
+    assert any(set(hold_out(names, seed=seed)[1]) != set(held) for seed in range(1, 5))
+
+
+# ------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("side", [16, 64, 100])
+def test_pets_are_uint8_squares_with_labels_0_1_2_in_the_order_of_names(sample, side):
+    names = read_split(sample, "test")[::-1]
+    pets = load_pets(sample, names, side)
+    assert pets.names == names
+    assert pets.images.shape == (len(names), 3, side, side)
+    assert pets.masks.shape == (len(names), side, side)
+    assert pets.images.dtype == pets.masks.dtype == torch.uint8
+    assert pets.masks.unique().tolist() == [0, 1, 2]
+    assert torch.equal(pets.masks[-1], load_pets(sample, names[-1:], side).masks[0])
+
+
+def test_masks_never_mix_pet_and_border_into_background(dataset, name):
+    trimap = np.ones((64, 64), np.uint8)  # pet ...
+    trimap[:, 21:] = 3  # ... beside border: halfway between 1 and 3 lies 2
+    Image.new("RGB", (64, 64)).save(image_of(dataset, name))
+    Image.fromarray(trimap).save(trimap_of(dataset, name))
+    assert load_pets(dataset, [name], 24).masks.unique().tolist() == [0, 2]
+
+
+def test_shrunk_images_are_antialiased(dataset, name):
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255  # one pixel wide: picking single pixels would give black or white, the mean is grey
+    Image.fromarray(stripes).save(image_of(dataset, name), "PNG")
+    Image.new("L", (64, 64), 2).save(trimap_of(dataset, name))
+    inner = load_pets(dataset, [name], 8).images[..., 1:-1]
+    assert inner.float().sub(127.5).abs().max() < 15
+
+
+# ------------------------------------------------------------------- broken files
+
+
+@pytest.fixture
+def dataset(sample, tmp_path) -> Path:
+    """Return a copy of the stand-in that a test may damage."""
+    return Path(shutil.copytree(sample, tmp_path / "copy" / "oxford-iiit-pet"))
+
+
+@pytest.fixture
+def name(sample) -> str:
+    """Return the name of a picture in the stand-in."""
+    return read_split(sample, "test")[1]
+
+
+def image_of(dataset: Path, name: str) -> Path:
+    return dataset / "images" / f"{name}.jpg"
+
+
+def trimap_of(dataset: Path, name: str) -> Path:
+    return dataset / "annotations" / "trimaps" / f"{name}.png"
+
+
+def test_dataset_is_found_below_its_data_dir(sample):
+    assert find_dataset(sample.parent) == sample.resolve()
+
+
+def test_missing_dataset_is_named_with_what_to_do(tmp_path, complains):
+    with complains(tmp_path / "oxford-iiit-pet", "DATA_DIR", "DOWNLOAD"):
+        find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("File not found or corrupted.")])
+def test_failed_download_is_told_with_its_reason(tmp_path, monkeypatch, complains, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(petseg_utils, "OxfordIIITPet", fail)
+    with complains(str(error), tmp_path, "network"):
+        find_dataset(tmp_path, download=True)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_missing_split_file_is_named(dataset, complains, split):
+    path = dataset / "annotations" / f"{split}.txt"
+    path.unlink()
+    with complains(path, "extract"):
+        read_split(dataset, split)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "#Image CLASS-ID SPECIES BREED ID\n"])
+def test_split_file_without_names_is_named(dataset, complains, text):
+    path = dataset / "annotations" / "test.txt"
+    path.write_text(text)
+    with complains(path, "extract"):
+        read_split(dataset, "test")
+
+
+@pytest.mark.parametrize("path_of", [image_of, trimap_of])
+def test_listed_files_that_are_not_there_are_counted_and_the_first_is_named(dataset, complains, path_of):
+    first, second = read_split(dataset, "test")[2:4]
+    path_of(dataset, first).unlink()
+    path_of(dataset, second).unlink()
+    with complains(dataset / "annotations" / "test.txt", "2 files", path_of(dataset, first).name, "extract"):
+        read_split(dataset, "test")
+
+
+def test_pictures_that_no_split_lists_are_left_out(dataset, name):
+    shutil.copy(image_of(dataset, name), image_of(dataset, "stranger_1"))
+    (dataset / "images" / "._pug_1.jpg").write_bytes(b"\0")
+    (dataset / "images" / "pug_1.mat").write_bytes(b"\0")
+    assert len(read_split(dataset, "test")) == SPLITS["test"]
+
+
+@pytest.mark.parametrize("path_of", [image_of, trimap_of])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: b"this is no picture", id="text"),
+        pytest.param(lambda content: b"P6 12", id="unfinished PPM header"),
+        pytest.param(lambda content: content[:12], id="beginning"),
+        pytest.param(lambda content: content[: len(content) // 2], id="half"),
+        pytest.param(lambda content: content[: len(content) * 9 // 10], id="nine tenths"),
+    ],
+)
+def test_file_that_does_not_decode_is_named(dataset, name, complains, path_of, damage):
+    path = path_of(dataset, name)
+    path.write_bytes(damage(path.read_bytes()))
+    with complains(path, "replace it"):
+        load_pets(dataset, read_split(dataset, "test"), 32)
+
+
+def test_picture_that_is_dangerously_large_is_named(dataset, name, monkeypatch, complains):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses to decode twice as many
+    with complains(image_of(dataset, name)):
+        load_pets(dataset, [name], 32)
+
+
+@pytest.mark.parametrize("stranger", [0, 4, 255])
+def test_trimap_with_another_value_is_named_with_the_value(dataset, name, complains, stranger):
+    trimap = np.array(Image.open(trimap_of(dataset, name)))
+    trimap[3, 5] = stranger  # a single pixel, which resizing may well drop
+    Image.fromarray(trimap).save(trimap_of(dataset, name))
+    with complains(trimap_of(dataset, name), f"value {stranger}", "replace it"):
+        load_pets(dataset, [name], 32)
+
+
+def test_trimap_of_another_size_is_named_with_both_sizes(dataset, name, complains):
+    Image.new("RGB", (60, 50)).save(image_of(dataset, name))
+    Image.new("L", (50, 60), 2).save(trimap_of(dataset, name))
+    with complains(trimap_of(dataset, name), "(50, 60)", "(60, 50)", "replace it"):
+        load_pets(dataset, [name], 32)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "LA"])
+def test_trimap_with_several_channels_is_named(dataset, name, complains, mode):
+    one, two = Image.new("L", (40, 40), 1), Image.new("L", (40, 40), 2)
+    Image.new("RGB", (40, 40)).save(image_of(dataset, name))
+    Image.merge(mode, [one, two, two][: len(mode)]).save(trimap_of(dataset, name))
+    with complains(trimap_of(dataset, name)):
+        load_pets(dataset, [name], 32)
+
+
+def palette_with_transparency(picture: Image.Image) -> Image.Image:
+    """Return a palette image with an alpha value per colour: Pillow warns of converting that to RGB."""
+    palette = picture.quantize(64)
+    palette.info["transparency"] = bytes([0, 128, *[255] * 62])
+    return palette
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("convert", "file_format", "as_seen", "tolerance"),
+    [
+        pytest.param(lambda p: p.convert("RGBA"), "PNG", "RGB", 0, id="RGBA PNG"),
+        pytest.param(lambda p: p.quantize(64), "GIF", "RGB", 12, id="palette GIF"),
+        pytest.param(palette_with_transparency, "PNG", "RGB", 12, id="palette PNG with transparency"),
+        pytest.param(lambda p: p.convert("L"), "JPEG", "L", 3, id="grey JPEG"),
+        pytest.param(lambda p: p.convert("LA"), "PNG", "L", 0, id="grey PNG with alpha"),
+        pytest.param(lambda p: p.convert("CMYK"), "JPEG", "RGB", 5, id="CMYK JPEG"),
+        pytest.param(lambda p: p, "BMP", "RGB", 0, id="BMP"),
+    ],
+)
+def test_files_named_jpg_that_are_no_rgb_jpeg_simply_work(
+    dataset, name, convert, file_format, as_seen, tolerance
+):
+    expected = load_pets(dataset, [name], 32)
+    path = image_of(dataset, name)
+    with Image.open(path) as image:
+        picture = image.copy()
+    convert(picture).save(path, file_format)
+    pets = load_pets(dataset, [name], 32)
+    if as_seen == "L":
+        grey = torch.from_numpy(np.array(picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)))
+        expected = expected._replace(images=grey.expand(1, 3, 32, 32))
+    assert (pets.images.float() - expected.images.float()).abs().mean() <= tolerance
+    assert torch.equal(pets.masks, expected.masks)
+
+
+# ------------------------------------------------------------------- augmentation
+
+
+@pytest.fixture(scope="module")
+def painted() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images (16, 3, 64, 64), red where their masks (16, 64, 64) say 0, green at 1 and blue at 2."""
+    coarse = torch.randint(3, (16, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    masks = coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    return (torch.eye(3)[masks.long()].permute(0, 3, 1, 2) * 140 + 60).byte(), masks
+
+
+@pytest.fixture(scope="module")
+def augmented(painted) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `painted`, augmented."""
+    torch.manual_seed(0)
+    return augment(*painted)
+
+
+def away_from_edges(masks: torch.Tensor) -> torch.Tensor:
+    """Return where all the 5 x 5 pixels around have the same label."""
+    labels = masks.float().unsqueeze(1)
+    return (F.max_pool2d(labels, 5, 1, 2) == -F.max_pool2d(-labels, 5, 1, 2)).squeeze(1)
+
+
+def test_augmentation_keeps_shapes_types_and_its_input(painted):
+    before = [tensor.clone() for tensor in painted]
+    results = augment(*painted)
+    for given, copy, result in zip(painted, before, results, strict=True):
+        assert torch.equal(given, copy)
+        assert type(result) is torch.Tensor
+        assert (result.shape, result.dtype) == (given.shape, given.dtype)
+
+
+def test_image_and_mask_move_together(painted, augmented):
+    images, masks = augmented
+    compared = away_from_edges(masks) & (masks != IGNORE)
+    assert compared.float().mean() > 0.3
+    assert torch.equal(images.argmax(dim=1)[compared], masks[compared].long())
+    assert (masks != painted[1]).float().mean() > 0.2  # and they did move
+
+
+def test_pixels_from_outside_the_photo_are_grey_and_ignored(augmented):
+    images, masks = augmented
+    assert masks.unique().tolist() == [0, 1, 2, IGNORE]
+    red, green, blue = images.int().unbind(dim=1)
+    grey = ((red - green).abs() <= 2) & ((green - blue).abs() <= 2)
+    assert torch.equal(grey[away_from_edges(masks)], (masks == IGNORE)[away_from_edges(masks)])
+
+
+def test_about_half_of_the_images_are_mirrored():
+    masks = torch.zeros(60, 32, 32, dtype=torch.uint8)
+    masks[..., 16:] = 1
+    torch.manual_seed(0)
+    moved = augment(masks.unsqueeze(1).expand(-1, 3, -1, -1) * 100, masks)[1]
+    assert 20 <= (moved[:, 16, 12] == 1).sum() <= 40
+
+
+def test_augmentation_follows_the_seed(painted):
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(augment(*painted))
+    for first, again, other in zip(*results, strict=True):
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+def test_every_image_is_augmented_differently(painted):
+    images, masks = (tensor[:1].expand(4, *tensor.shape[1:]) for tensor in painted)
+    moved = augment(images, masks)[1]
+    assert len({bytes(mask.numpy()) for mask in moved}) == 4
+
+
+# ------------------------------------------------------------------- the real dataset
+
+
+def test_real_splits_have_3680_and_3669_images_and_no_overlap(oxford):
+    trainval, test = read_split(oxford, "trainval"), read_split(oxford, "test")
+    assert (len(trainval), len(test)) == (3680, 3669)
+    assert set(trainval).isdisjoint(test)
+
+
+def test_real_validation_images_come_from_all_37_breeds(oxford):
+    rest, held = hold_out(read_split(oxford, "trainval"))
+    assert len({breed_of(name) for name in rest}) == len({breed_of(name) for name in held}) == 37
+    assert len(held) == pytest.approx(368, abs=19)
+
+
+def test_real_images_load(oxford):
+    pets = load_pets(oxford, read_split(oxford, "trainval", limit=50), 64)
+    assert pets.images.shape == (50, 3, 64, 64)
+    shares = torch.bincount(pets.masks.flatten().long(), minlength=3) / pets.masks.numel()
+    assert shares.tolist() == pytest.approx([0.30, 0.59, 0.11], abs=0.1)  # those of all the images

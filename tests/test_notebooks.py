@@ -1,0 +1,210 @@
+"""The notebook: what it looks like, what papermill makes of it, and that nbval can go red."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import petseg_utils as pets
+
+NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
+CELLS = nbformat.read(NOTEBOOK, as_version=4).cells
+CODE = [cell for cell in CELLS if cell.cell_type == "code"]
+OUTPUTS = [output for cell in CODE for output in cell.outputs]
+HEADINGS = [
+    (len(marks), title)
+    for cell in CELLS
+    if cell.cell_type == "markdown"
+    for marks, title in re.findall(r"^(#+) (.+)$", cell.source, re.MULTILINE)
+]
+TINY = {"IMAGE_SIZE": 32, "BASE_CHANNELS": 4, "DEPTH": 2, "EPOCHS": 1, "LIMIT": 60, "BATCH_SIZE": 8}
+
+
+def papermill(output: Path, cwd: Path = pets.ROOT, **parameters) -> subprocess.CompletedProcess:
+    """Run the notebook through papermill, as a person would, from the folder `cwd`."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(output), *options]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def run_folder():
+    """A run's folder in runs/, removed afterwards."""
+    folder = pets.ROOT / "runs" / "test-notebooks"
+    shutil.rmtree(folder, ignore_errors=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------- policy
+
+
+def test_one_h1_and_no_skipped_level():
+    levels = [level for level, _ in HEADINGS]
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_contents_links_resolve():
+    anchors = {title.replace(" ", "-") for _, title in HEADINGS}
+    links = re.findall(r"\]\(#([^)]+)\)", CELLS[0].source)
+    assert len(links) >= 10
+    assert set(links) <= anchors
+    # and the contents leave no section out
+    assert {title.replace(" ", "-") for level, title in HEADINGS if level == 2} == set(links)
+
+
+def test_links_to_files_resolve():
+    links = [link for cell in CELLS for link in re.findall(r"\]\(([^)#:]+)\)", cell.source)]
+    assert links
+    assert all((NOTEBOOK.parent / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("cell", CODE, ids=lambda cell: cell.id)
+def test_code_cells_are_short(cell):
+    lines = cell.source.splitlines()
+    limit = len(pets.PARAMETERS) if "parameters" in cell.metadata.get("tags", []) else 15
+    assert len(lines) <= limit
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_every_code_cell_was_executed_in_order():
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+
+
+def test_no_errors_stderr_or_progress_stored():
+    assert not [output for output in OUTPUTS if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not re.search(r"\d+%\|", json.dumps(OUTPUTS))
+
+
+def test_no_path_of_a_machine_stored():
+    texts = json.dumps([cell.source for cell in CELLS]) + json.dumps(
+        [
+            {**output, "data": {k: v for k, v in output.get("data", {}).items() if k != "image/png"}}
+            for output in OUTPUTS
+        ]
+    )
+    assert str(pets.ROOT) not in texts
+    assert not re.search(r"(/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\)", texts)
+
+
+def test_figures_have_alt_text_and_the_same_caption():
+    figures = 0
+    for cell in CODE:
+        for number, output in enumerate(cell.outputs):
+            if "image/png" not in output.get("data", {}):
+                continue
+            alt = output.metadata["image/png"]["alt"]
+            assert len(alt) > 20
+            assert cell.outputs[number + 1].data["text/markdown"] == f"*{alt}*"
+            figures += 1
+    assert figures >= 10
+
+
+def test_ignored_outputs_are_few():
+    tags = [tag for cell in CODE for tag in cell.metadata.get("tags", [])]
+    assert sum(tag == "nbval-ignore-output" for tag in tags) <= 9
+    assert not {"nbval-skip", "raises-exception", "nbval-raises-exception"} & set(tags)
+
+
+def test_quiz_has_six_questions_with_checks_whose_code_is_folded():
+    quiz = [cell for cell in CODE if "quiz" in cell.metadata.get("tags", [])]
+    assert len(quiz) >= 6
+    assert all(cell.metadata["jupyter"]["source_hidden"] for cell in quiz)
+    assert all(output.text == "right: True\n" for cell in quiz for output in cell.outputs)
+
+
+def test_parameters_cell_documents_every_parameter():
+    (cell,) = [cell for cell in CODE if "parameters" in cell.metadata.get("tags", [])]
+    documented = re.findall(r"^(\w+): (\w+) = \S.*  # \S+", cell.source, re.MULTILINE)
+    assert [(name, kind) for name, kind in documented] == [(n, p[0].__name__) for n, p in pets.PARAMETERS.items()]
+
+
+def test_defaults_are_valid():
+    (cell,) = [cell for cell in CODE if "parameters" in cell.metadata.get("tags", [])]
+    namespace: dict = {}
+    exec(cell.source, namespace)
+    pets.check_parameters({name: namespace[name] for name in pets.PARAMETERS})
+
+
+# ------------------------------------------------------------------------------------------------- papermill
+
+
+def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
+    output = run_folder / "notebook.ipynb"
+    done = papermill(output, cwd=NOTEBOOK.parent, **TINY, RUN_NAME=run_folder.name)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert metrics["parameters"] == {**metrics["parameters"], **TINY}
+    assert set(metrics["parameters"]) == set(pets.PARAMETERS)
+    sizes = metrics["dataset"]
+    assert sizes["name"] == "sample" and sizes["train"] + sizes["valid"] == sizes["test"] == 60
+    assert metrics["model"]["parameters"] == sum(p.numel() for p in pets.UNet(4, 2).parameters())
+    assert metrics["training"].keys() >= {"epochs", "steps", "seconds", "images_per_second", "device", "precision"}
+    for split in ("valid", "test"):
+        matrix = metrics[split]["confusion_matrix"]
+        assert sum(map(sum, matrix)) == metrics[split]["images"] * 32**2
+        assert metrics[split]["pixel_accuracy"] == sum(matrix[i][i] for i in range(3)) / sum(map(sum, matrix))
+        assert list(metrics[split]["iou"]) == list(metrics[split]["dice"]) == list(pets.CLASSES)
+    with (run_folder / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+    assert len(list((run_folder / "figures").glob("*.png"))) >= 10
+    assert (run_folder / "checkpoint.pt").is_file()
+
+    resumed = papermill(output, **TINY, RUN_NAME=run_folder.name, RESUME=True)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    again = json.loads((run_folder / "metrics.json").read_text())
+    assert again["test"] == metrics["test"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"EPOCH": 3}, "there is no parameter EPOCH: the parameters are DATASET, "),
+        ({"IMAGE_SIZE": 100}, "make it 96 or 128"),
+        ({"DATASET": "oxford", "DATA_DIR": "nowhere"}, "set DATA_DIR to the folder that holds oxford-iiit-pet"),
+    ],
+)
+def test_papermill_ends_a_mistake_in_one_sentence(tmp_path, run_folder, parameters, sentence):
+    done = papermill(tmp_path / "notebook.ipynb", **parameters, RUN_NAME=run_folder.name)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("InputError: ") and sentence in last
+    assert not (run_folder / "checkpoint.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------- nbval
+
+
+def test_nbval_goes_red_when_the_model_is_wrong(tmp_path):
+    """Grade the shape section of a copy of the project whose bottleneck is missing a channel doubling."""
+    for name in ("petseg_utils.py", "sample_pets.py", "conftest.py", "pyproject.toml"):
+        shutil.copy(pets.ROOT / name, tmp_path)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    wanted = ("import inspect", "course = ")  # set-up, and the counts of the course's net
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.startswith(wanted)]
+    assert len(notebook.cells) == len(wanted)
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "notebooks" / "shapes.ipynb")
+    grade = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "notebooks"]
+
+    good = subprocess.run(grade, cwd=tmp_path, capture_output=True, text=True)
+    assert good.returncode == 0, good.stdout
+
+    module = tmp_path / "petseg_utils.py"
+    source = module.read_text()
+    wrong = source.replace(
+        "base_channels * 2**level for level in range(depth)", "base_channels for level in range(depth)"
+    )
+    assert wrong != source
+    module.write_text(wrong)
+    bad = subprocess.run(grade, cwd=tmp_path, capture_output=True, text=True)
+    assert bad.returncode == 1 and "1 failed" in bad.stdout

@@ -1,0 +1,97 @@
+"""The scores section: the confusion matrix and all that is derived from it, against scikit-learn."""
+
+import json
+
+import pytest
+import torch
+from sklearn import metrics
+
+from petseg_utils import CLASSES, IGNORE, confusion_matrix, scores
+
+
+def random_labels(seed: int, classes: list[int], ignored: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return predicted and true labels (4, 9, 11) uint8 of the given classes, half of them alike."""
+    random = torch.Generator().manual_seed(seed)
+    choice = torch.tensor(classes, dtype=torch.uint8)
+    truth, other = choice[torch.randint(len(classes), (2, 4, 9, 11), generator=random)]
+    predicted = torch.where(torch.rand(truth.shape, generator=random) < 0.5, truth, other)
+    if ignored:
+        truth = truth.masked_fill(torch.rand(truth.shape, generator=random) < 0.3, IGNORE)
+    return predicted, truth
+
+
+@pytest.fixture(
+    params=[
+        (seed, classes, ignored)
+        for seed, classes in enumerate(([0, 1, 2], [0, 2], [1]))
+        for ignored in (0, 1)
+    ],
+    ids=lambda param: f"classes {param[1]}{' and ignored pixels' if param[2] else ''}",
+)
+def labels(request) -> tuple[torch.Tensor, torch.Tensor]:
+    return random_labels(*request.param)
+
+
+def known(labels: tuple[torch.Tensor, torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Return the (true, predicted) labels of the pixels that count, in scikit-learn's order."""
+    predicted, truth = labels
+    return truth[truth != IGNORE].tolist(), predicted[truth != IGNORE].tolist()
+
+
+def test_confusion_matrix_is_scikit_learns(labels):
+    matrix = confusion_matrix(*labels)
+    assert (matrix.dtype, matrix.shape) == (torch.int64, (3, 3))
+    assert matrix.tolist() == metrics.confusion_matrix(*known(labels), labels=range(3)).tolist()
+
+
+def test_rows_are_the_truth():
+    matrix = confusion_matrix(
+        torch.tensor([0, 0, 1], dtype=torch.uint8), torch.tensor([2, 2, 1], dtype=torch.uint8)
+    )
+    assert matrix.tolist() == [[0, 0, 0], [0, 1, 0], [2, 0, 0]]
+
+
+def test_scores_are_scikit_learns(labels):
+    truth, predicted = known(labels)
+    ours = scores(confusion_matrix(*labels))
+    assert ours["pixel_accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
+    there = sorted({*truth, *predicted})
+    iou = metrics.jaccard_score(truth, predicted, labels=there, average=None)
+    dice = metrics.f1_score(truth, predicted, labels=there, average=None)
+    for name, theirs in (("iou", iou), ("dice", dice)):
+        assert list(ours[name]) == list(CLASSES)
+        assert [ours[name][CLASSES[label]] for label in there] == pytest.approx(list(theirs))
+        assert all(ours[name][CLASSES[label]] is None for label in {0, 1, 2}.difference(there))
+    assert ours["mean_iou"] == pytest.approx(iou.mean())
+
+
+def test_class_that_is_only_predicted_scores_zero():
+    zero, two = torch.zeros(4, 4, dtype=torch.uint8), torch.full((4, 4), 2, dtype=torch.uint8)
+    result = scores(confusion_matrix(torch.cat((zero, two)), torch.cat((zero, zero))))
+    assert result["iou"] == result["iou"] | {"pet": 0.5, "background": None, "border": 0.0}
+    assert result["mean_iou"] == 0.25
+
+
+def test_perfect_prediction_scores_one(labels):
+    truth = labels[1]
+    result = scores(confusion_matrix(truth.where(truth != IGNORE, 0), truth))
+    assert result["pixel_accuracy"] == result["mean_iou"] == 1
+    assert set(result["iou"].values()) | set(result["dice"].values()) <= {1.0, None}
+
+
+def test_all_wrong_prediction_scores_zero():
+    _, truth = random_labels(0, [0, 1, 2], ignored=False)
+    result = scores(confusion_matrix((truth + 1) % 3, truth))
+    assert result["pixel_accuracy"] == result["mean_iou"] == 0
+    assert set(result["iou"].values()) | set(result["dice"].values()) == {0.0}
+
+
+def test_matrices_of_batches_add_up_to_that_of_the_whole(labels):
+    predicted, truth = labels
+    parts = [confusion_matrix(p, t) for p, t in zip(predicted.split(3), truth.split(3), strict=True)]
+    assert torch.equal(sum(parts), confusion_matrix(predicted, truth))
+
+
+def test_scores_go_through_json_without_nan(labels):
+    result = scores(confusion_matrix(*labels))
+    assert json.loads(json.dumps(result, allow_nan=False)) == result

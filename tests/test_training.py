@@ -1,0 +1,383 @@
+"""The training section: the loss, the loop, its checkpoints, and prediction."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import petseg_utils
+from petseg_utils import (
+    IGNORE,
+    Pets,
+    UNet,
+    confusion_matrix,
+    evaluate,
+    moving_average,
+    predict,
+    scores,
+    segmentation_loss,
+    to_input,
+    train,
+)
+
+RECIPE = {"epochs": 3, "batch_size": 3, "learning_rate": 0.01, "seed": 1}  # 8 images: 2 steps an epoch
+
+
+def new_model(base_channels: int = 2, depth: int = 1, seed: int = 0) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(base_channels, depth)
+
+
+def without_seconds(history: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+def same_weights(one: UNet, other: UNet) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ------------------------------------------------------------------- input and loss
+
+
+def test_input_reaches_from_minus_one_to_one():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    inputs = to_input(images, torch.device("cpu"))
+    assert inputs.dtype == torch.float32
+    assert inputs.flatten().tolist() == pytest.approx([-1, -0.6, 1])
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits (2, 3, 4, 6) and masks (2, 4, 6)."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 4, 6, generator=random), torch.randint(3, (2, 4, 6), generator=random)
+
+
+@pytest.mark.parametrize("dice_weight", [0.0, 0.5, 2.0])
+def test_loss_is_what_a_hand_computes(batch, dice_weight):
+    logits, masks = (tensor.double().numpy() for tensor in batch)
+    likely = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    logs, overlaps, totals = [], np.zeros(3), np.zeros(3)
+    for n, y, x in np.ndindex(masks.shape):
+        label = int(masks[n, y, x])
+        logs.append(np.log(likely[n, label, y, x]))
+        overlaps[label] += likely[n, label, y, x]
+        totals[label] += 1
+        totals += likely[n, :, y, x]
+    expected = -np.mean(logs) + dice_weight * (1 - np.mean((2 * overlaps + 1) / (totals + 1)))
+    assert segmentation_loss(*batch, dice_weight).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_is_nearly_zero_for_a_sure_and_right_prediction(batch):
+    masks = batch[1]
+    logits = F.one_hot(masks, 3).permute(0, 3, 1, 2) * 50.0
+    assert segmentation_loss(logits, masks).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_ignored_pixels_have_no_influence_and_no_gradient(batch):
+    logits, masks = batch
+    half_known = masks.clone()
+    half_known[..., 4:] = IGNORE
+    logits.requires_grad_()
+    loss = segmentation_loss(logits, half_known)
+    loss.backward()
+    cropped = segmentation_loss(logits[..., :4], masks[..., :4])
+    assert loss.item() == pytest.approx(cropped.item(), rel=1e-6)
+    assert logits.grad[..., 4:].abs().max() == 0
+    assert logits.grad[..., :4].abs().min() > 0
+
+
+@pytest.mark.parametrize(("updates", "decay"), [(1, 2 / 11), (10, 11 / 20), (890, 0.99), (10**6, 0.99)])
+def test_moving_average_forgets_less_and_less(updates, decay):
+    average, current = torch.tensor([1.0, 5.0]), torch.tensor([3.0, 5.0])
+    expected = pytest.approx([1 + (1 - decay) * 2, 5.0])
+    assert moving_average(average, current, updates).tolist() == expected
+    assert moving_average(average, current, torch.tensor(updates)).tolist() == expected
+
+
+def test_moving_average_of_counters_is_the_latest():
+    assert moving_average(torch.tensor(3), torch.tensor(4), 50).item() == 4
+
+
+# ------------------------------------------------------------------- the loop
+
+
+def test_loss_falls_and_the_labels_are_learned(pets):
+    model = new_model(base_channels=4)
+    history = train(model, pets, pets, epochs=40, batch_size=4, learning_rate=0.03, augmented=False)
+    assert history[-1]["train_loss"] < history[0]["train_loss"] / 3
+    assert scores(evaluate(model, pets))["pixel_accuracy"] > 0.9
+
+
+def test_history_has_a_row_per_epoch_with_plain_numbers(pets):
+    history = train(new_model(), pets, pets, **RECIPE)
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    for row in history:
+        assert list(row) == ["epoch", "train_loss", "valid_pixel_accuracy", "valid_mean_iou", "seconds"]
+        assert {type(value) for value in row.values()} == {int, float}
+        assert row["train_loss"] > 0 and 0 <= row["valid_mean_iou"] <= row["valid_pixel_accuracy"] <= 1
+
+
+def test_model_ends_with_the_weights_that_the_last_row_scored(pets):
+    model = new_model()
+    last = train(model, pets, pets, **RECIPE | {"learning_rate": 0.3})[-1]
+    result = scores(evaluate(model, pets))
+    assert (result["pixel_accuracy"], result["mean_iou"]) == (
+        last["valid_pixel_accuracy"],
+        last["valid_mean_iou"],
+    )
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+def test_same_seed_gives_the_same_result_and_another_does_not(pets, augmented):
+    runs = []
+    for seed in (1, 1, 2):
+        model = new_model()
+        runs.append((model, train(model, pets, pets, **RECIPE | {"seed": seed}, augmented=augmented)))
+    (first, history), (again, history_again), (other, _) = runs
+    assert without_seconds(history) == without_seconds(history_again)
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
+def test_augmentation_can_be_switched_off(pets, monkeypatch):
+    called = []
+    monkeypatch.setattr(petseg_utils, "augment", lambda *pair: called.append(pair) or pair)
+    train(new_model(), pets, pets, **RECIPE, augmented=False)
+    assert not called
+    train(new_model(), pets, pets, **RECIPE)
+    assert len(called) == 6
+
+
+def test_one_epoch_shows_every_image_once(pets, monkeypatch):
+    seen = []
+    monkeypatch.setattr(petseg_utils, "augment", lambda *pair: seen.append(pair[0]) or pair)
+    train(new_model(), pets, pets, **RECIPE | {"epochs": 1, "batch_size": 2})
+    shown = {bytes(image.contiguous().numpy()) for images in seen for image in images}
+    assert shown == {bytes(image.numpy()) for image in pets.images}
+
+
+def test_single_step_is_enough(pets):
+    assert len(train(new_model(), pets, pets, epochs=1, batch_size=8, learning_rate=0.01)) == 1
+
+
+def test_bfloat16_trains_and_leaves_the_weights_in_float32(pets):
+    model = new_model()
+    history = train(model, pets, pets, **RECIPE, augmented=False, precision=torch.bfloat16)
+    exact = train(new_model(), pets, pets, **RECIPE, augmented=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert history[-1]["train_loss"] == pytest.approx(exact[-1]["train_loss"], rel=0.05)
+    assert history[-1]["train_loss"] != exact[-1]["train_loss"]
+
+
+def test_too_few_images_for_a_batch_are_told(pets, complains):
+    with complains("8 training images", "BATCH_SIZE"):
+        train(new_model(), pets, pets, **RECIPE | {"batch_size": 9})
+
+
+# ------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 6], ids="fails at step {}".format)
+def test_resumed_equals_uninterrupted(pets, tmp_path, monkeypatch, step):
+    whole = new_model()
+    history = train(whole, pets, pets, **RECIPE, checkpoint=tmp_path / "whole.pt")
+
+    steps = iter(range(1, step))
+
+    def fail_at_step(*args):
+        if next(steps, None) is None:
+            raise ConnectionError("pulled the plug")
+        return segmentation_loss(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(petseg_utils, "segmentation_loss", fail_at_step)
+        train(new_model(), pets, pets, **RECIPE, checkpoint=tmp_path / "part.pt")
+
+    resumed = new_model(seed=99)  # its own weights must not matter
+    torch.manual_seed(1234)  # nor where the random generator stands
+    continued = train(resumed, pets, pets, **RECIPE, checkpoint=tmp_path / "part.pt", resume=True)
+    assert without_seconds(continued) == without_seconds(history)
+    assert continued[0]["seconds"] != history[0]["seconds"]  # it did not read the other's checkpoint
+    assert same_weights(resumed, whole)
+
+
+@pytest.fixture
+def checkpoint(pets, tmp_path) -> Path:
+    """Return the checkpoint of a finished training with `RECIPE`."""
+    train(new_model(), pets, pets, **RECIPE, checkpoint=tmp_path / "run" / "checkpoint.pt")
+    return tmp_path / "run" / "checkpoint.pt"
+
+
+def test_finished_training_is_not_trained_further(pets, checkpoint, monkeypatch):
+    content = checkpoint.read_bytes()
+    finished = new_model()
+    history = train(finished, pets, pets, **RECIPE)
+    monkeypatch.delattr(petseg_utils, "segmentation_loss")  # a single step would fail
+    resumed = new_model(seed=99)
+    assert without_seconds(
+        train(resumed, pets, pets, **RECIPE, checkpoint=checkpoint, resume=True)
+    ) == without_seconds(history)
+    assert same_weights(resumed, finished)
+    assert checkpoint.read_bytes() == content
+
+
+def test_checkpoint_lies_alone_and_loads_without_unpickling_code(checkpoint):
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint.pt"]
+    saved = torch.load(checkpoint, weights_only=True)
+    assert len(saved["history"]) == RECIPE["epochs"]
+    assert saved["recipe"].items() >= (RECIPE | {"base_channels": 2, "depth": 1}).items()
+
+
+def test_interrupted_saving_keeps_the_former_checkpoint(pets, checkpoint, monkeypatch):
+    content = checkpoint.read_bytes()
+
+    def save_half(_content, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(OSError, match="no space left"):
+        train(new_model(), pets, pets, **RECIPE | {"seed": 2}, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"base_channels": 3}, "base_channels 2 instead of 3"),
+        ({"depth": 2}, "depth 1 instead of 2"),
+    ],
+)
+def test_checkpoint_of_another_architecture_is_told(pets, checkpoint, complains, model, words):
+    with complains(checkpoint, words, "RESUME"):
+        train(new_model(**model), pets, pets, **RECIPE, checkpoint=checkpoint, resume=True)
+
+
+@pytest.mark.parametrize("name", RECIPE)
+def test_checkpoint_of_another_recipe_is_told(pets, checkpoint, complains, name):
+    recipe = RECIPE | {name: RECIPE[name] * 2}
+    with complains(checkpoint, f"{name} {RECIPE[name]} instead of {recipe[name]}", "RESUME"):
+        train(new_model(), pets, pets, **recipe, checkpoint=checkpoint, resume=True)
+
+
+def test_checkpoint_of_other_images_is_told(pets, checkpoint, complains):
+    fewer = Pets(pets.names[:6], pets.images[:6], pets.masks[:6])
+    with complains(checkpoint, "images", "RESUME"):
+        train(new_model(), fewer, pets, **RECIPE, checkpoint=checkpoint, resume=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_text("no checkpoint"), id="text"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), id="half"),
+        pytest.param(lambda path: torch.save(new_model().state_dict(), path), id="weights only"),
+        pytest.param(lambda path: torch.save(new_model(), path), id="pickled model"),
+        pytest.param(
+            lambda path: torch.save(torch.load(path, weights_only=True) | {"average": {}}, path),
+            id="no average",
+        ),
+    ],
+)
+def test_damaged_checkpoint_is_told(pets, checkpoint, complains, damage):
+    damage(checkpoint)
+    with complains(checkpoint, "RESUME"):
+        train(new_model(), pets, pets, **RECIPE, checkpoint=checkpoint, resume=True)
+
+
+@pytest.mark.parametrize("path", [None, Path("nowhere") / "checkpoint.pt"])
+def test_missing_checkpoint_is_told(pets, complains, path):
+    with complains("no checkpoint", path, "RESUME"):
+        train(new_model(), pets, pets, **RECIPE, checkpoint=path, resume=True)
+
+
+# ------------------------------------------------------------------- prediction
+
+
+@pytest.fixture(scope="module")
+def trained(pets) -> UNet:
+    """Return a model whose BatchNorm has seen images, so that eval mode differs from training mode."""
+    model = new_model(base_channels=4, depth=2)
+    train(model, pets, pets, epochs=4, batch_size=4, learning_rate=0.02, augmented=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def photos() -> torch.Tensor:
+    """Return 70 random images (70, 3, 16, 16): two full batches and a smaller one."""
+    coarse = torch.randint(256, (70, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return F.interpolate(coarse, scale_factor=4)
+
+
+def test_prediction_is_the_most_probable_label_with_its_probability(trained, photos):
+    labels, confidences = predict(trained, photos)
+    with torch.no_grad():
+        expected = trained.eval()(photos / 127.5 - 1).softmax(dim=1)
+    assert (labels.dtype, confidences.dtype) == (torch.uint8, torch.float32)
+    assert labels.shape == confidences.shape == (70, 16, 16)
+    torch.testing.assert_close(confidences, expected.amax(dim=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        expected.gather(1, labels.long().unsqueeze(1))[:, 0], confidences, rtol=0, atol=1e-5
+    )
+
+
+def test_prediction_does_not_depend_on_the_other_images(trained, photos):
+    confidences = predict(trained, photos)[1]
+    for chosen in (slice(0, 1), slice(31, 33), slice(69, 70)):
+        torch.testing.assert_close(
+            predict(trained, photos[chosen])[1], confidences[chosen], rtol=0, atol=1e-5
+        )
+
+
+def test_prediction_happens_in_eval_mode_and_leaves_the_weights(trained, photos):
+    expected = predict(trained, photos)
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    again = predict(trained.train(), photos)
+    assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [(16, 16), (23, 9), (8, 40)])
+def test_prediction_has_the_size_that_was_asked_for(trained, photos, size):
+    labels, confidences = predict(trained, photos[:3], size=size)
+    with torch.no_grad():
+        logits = trained.eval()(photos[:3] / 127.5 - 1)
+    expected = F.interpolate(logits, size, mode="bilinear").softmax(dim=1).amax(dim=1)
+    assert labels.shape == (3, *size)
+    torch.testing.assert_close(confidences, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [None, (23, 9)])
+def test_flip_predicts_the_mirrored_for_the_mirrored_image(trained, photos, size):
+    labels, confidences = predict(trained, photos, flip=True, size=size)
+    of_mirrored = predict(trained, photos.flip(3), flip=True, size=size)
+    torch.testing.assert_close(of_mirrored[1].flip(2), confidences, rtol=0, atol=1e-5)
+    assert (of_mirrored[0].flip(2) == labels).float().mean() > 0.999  # a tie may fall either way
+    assert not torch.allclose(predict(trained, photos, size=size)[1], confidences, rtol=0, atol=1e-3)
+
+
+def test_flip_averages_probabilities(trained, photos):
+    with torch.no_grad():
+        straight, mirrored = (
+            trained.eval()(images / 127.5 - 1).softmax(dim=1) for images in (photos, photos.flip(3))
+        )
+    expected = ((straight + mirrored.flip(3)) / 2).amax(dim=1)
+    torch.testing.assert_close(predict(trained, photos, flip=True)[1], expected, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_predicts_nearly_the_same(trained, photos):
+    confidences = predict(trained, photos)[1]
+    rounded = predict(trained, photos, precision=torch.bfloat16)[1]
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - confidences).abs().mean() < 0.02
+
+
+def test_evaluation_is_the_confusion_matrix_of_the_prediction(trained, pets):
+    expected = confusion_matrix(predict(trained, pets.images, flip=True)[0], pets.masks)
+    assert torch.equal(evaluate(trained, pets, flip=True), expected)
+    assert expected.sum() == pets.masks.numel()
