@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm
 
 
 def pytest_configure(config):
     """Put the root on the path of this process and of the kernels, which don't read pytest's settings."""
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ["TQDM_DISABLE"] = "1"
 
 
 def pytest_collectstart(collector):

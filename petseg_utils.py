@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -60,7 +61,7 @@ PARAMETERS: dict[str, tuple[type, Callable[..., bool], str]] = {
     "LIMIT": (int, lambda v: v == 0 or v >= 50, "0 (all images) or a whole number from 50"),
     "IMAGE_SIZE": (int, lambda v: 8 <= v <= 1024, "a whole number from 8 to 1024"),
     "BASE_CHANNELS": (int, lambda v: 1 <= v <= 256, "a whole number from 1 to 256"),
-    "DEPTH": (int, lambda v: 1 <= v <= 7, "a whole number from 1 to 7"),
+    "DEPTH": (int, lambda v: 2 <= v <= 7, "a whole number from 2 to 7"),
     "EPOCHS": (int, lambda v: 1 <= v <= 1000, "a whole number from 1 to 1000"),
     "BATCH_SIZE": (int, lambda v: 2 <= v <= 1024, "a whole number from 2 to 1024"),
     "LEARNING_RATE": (float, lambda v: 0 < v <= 1, "a number above 0, at most 1"),
@@ -223,6 +224,8 @@ def load_pets(folder: Path, names: list[str], side: int, title: str = "images") 
 def load_pair(image_path: Path, trimap_path: Path, side: int) -> tuple[Tensor, Tensor]:
     """Return one image (3, side, side) uint8 and its mask (side, side) uint8 labels; errors as in `load_pets`."""
     image, trimap = open_image(image_path, "RGB"), open_image(trimap_path)
+    if trimap.mode != "L":
+        raise InputError(f"{trimap_path} has the mode {trimap.mode}, a trimap one channel of 8 bits: replace it.")
     if image.size != trimap.size:
         raise InputError(f"{trimap_path} is {trimap.size} pixels large but its image {image.size}: replace it.")
     strangers = set(np.unique(trimap)) - {1, 2, 3}
@@ -235,14 +238,19 @@ def load_pair(image_path: Path, trimap_path: Path, side: int) -> tuple[Tensor, T
 
 
 def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
-    """Decode an image file, whatever its format is, and convert it to `mode`. Errors: `InputError`."""
+    """Decode an image file, whatever its format is, and convert it to `mode` if given. Errors: `InputError`."""
     try:
         with Image.open(path) as image:
             image.load()
             # Through RGBA, since a palette with transparency converts to RGB only with a warning.
             return image.convert("RGBA").convert(mode) if mode and image.mode == "P" else image.convert(mode)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be decoded ({error}): replace it by an intact image file.") from None
+
+
+def open_photo(path: str | Path) -> Image.Image:
+    """Decode any photo as RGB, turned as its camera noted (phones store portraits lying). Errors: `InputError`."""
+    return ImageOps.exif_transpose(open_image(path, "RGB"))
 
 
 def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,6 +324,8 @@ class UNet(nn.Module):
         for down in self.downs:
             x = down(x)
             residuals.append(x)
+            if x.shape[-1] < 2:
+                check_side(side, self.depth)
             x = self.pool(x)  # (N, c, s, s) -> (N, c, s/2, s/2)
         x = self.bottleneck(x)
         for up in self.ups:
@@ -359,41 +369,52 @@ def analyse_shapes(model: UNet, side: int) -> list[Step]:
 
 
 def predict_shapes(model: UNet, side: int) -> list[Step]:
-    """Predict every step from `base_channels`, `depth` and the image side alone; nothing is run.
-
-    The receptive field follows Dumoulin and Visin's "A guide to convolution arithmetic" (2016): a k x k kernel adds
-    (k - 1) * jump pixels, where the jump between neighbours doubles with a pooling and halves with an upsampling.
-    """
+    """Predict every step from `base_channels`, `depth` and the image side alone; nothing is run."""
     b, depth = model.base_channels, model.depth
     steps: list[Step] = []
-    field, channels = 1, 3
+    channels = 3
+    path: list[str] = []  # all operations from the image to here
 
-    def add(name: str, level: int, out: int, kernels: tuple[int, ...] = (), reach: int = 1) -> None:
-        nonlocal field, channels
-        jump, side_here = 2**level, side / 2**level
+    def add(name: str, level: int, out: int, *operations: str) -> None:
+        nonlocal channels
+        path.extend(operations)
         parameters = flops = 0
-        for kernel in kernels:  # a convolution has kernel**2 * in * out weights and `out` biases
-            weights = kernel**2 * channels * out
-            parameters += weights + out + (2 * out if kernel > 1 else 0)  # BatchNorm: a scale and a shift each
-            flops += int(2 * weights * side_here**2)
-            field += (kernel - 1) * jump
-            channels = out
-        field += (reach - 1) * jump // 2  # a 2 x 2 pooling looks at the finer level's pixels
+        for operation in operations:
+            if operation in ("conv3", "conv1"):
+                weights = (9 if operation == "conv3" else 1) * channels * out
+                parameters += weights + out  # and a bias for every output channel
+                parameters += 2 * out if operation == "conv3" else 0  # its BatchNorm: a scale and a shift
+                flops += int(2 * weights * (side / 2**level) ** 2)
+                channels = out
         channels = out
-        times = f"{out // b}b" if out > b else "b"
-        formula = f"{f'N/{jump}' if level else 'N'}, {times if name != 'out' else out}"
-        steps.append(Step(name, formula, (out, side_here), None, parameters, flops, field))
+        size = f"N/{2**level}" if level else "N"
+        times = out if name == "out" else f"{out // b}b" if out > b else "b"
+        steps.append(
+            Step(name, f"{size}, {times}", (out, side / 2**level), None, parameters, flops, receptive_field(path))
+        )
 
     for level in range(depth):
-        add(f"down{level + 1}", level, b * 2**level, (3, 3))
-        add(f"pool{level + 1}", level + 1, b * 2**level, reach=2)
-    add("bottleneck", depth, channels, (3, 3))
+        add(f"down{level + 1}", level, b * 2**level, "conv3", "conv3")
+        add(f"pool{level + 1}", level + 1, channels, "pool")
+    add("bottleneck", depth, channels, "conv3", "conv3")
     for level in reversed(range(depth)):
-        add(f"upsample{level + 1}", level, channels)
+        add(f"upsample{level + 1}", level, channels, "upsample")
         add(f"concat{level + 1}", level, 2 * channels)
-        add(f"up{level + 1}", level, b * 2 ** max(level - 1, 0), (3, 3))
-    add("out", 0, model.num_classes, (1,))
+        add(f"up{level + 1}", level, b * 2 ** max(level - 1, 0), "conv3", "conv3")
+    add("out", 0, model.num_classes, "conv1")
     return steps
+
+
+def receptive_field(path: list[str]) -> int:
+    """Return the side, in input pixels, of what one pixel after the operations of `path` can depend on.
+
+    Counted from that pixel back to the image: a 3 x 3 convolution needs two pixels more in a row than it gives, a
+    2 x 2 pooling twice as many, and w upsampled pixels come from at most w // 2 + 1 coarser ones.
+    """
+    width = 1
+    for operation in reversed(path):
+        width = {"conv3": width + 2, "conv1": width, "pool": 2 * width, "upsample": width // 2 + 1}[operation]
+    return width
 
 
 def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
@@ -580,18 +601,21 @@ def load_checkpoint(path: Path, state: dict, recipe: dict) -> list[dict]:
     """Load `state` from a checkpoint of the same recipe and return its history. Errors: `InputError`."""
     if not path or not Path(path).is_file():
         raise InputError(f"there is no checkpoint {path} to go on from: set RESUME to False, or RUN_NAME to its run.")
+    damaged = InputError(f"{path} is damaged, or no checkpoint of this project: set RESUME to False.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         theirs = saved["recipe"]
-    except Exception as error:  # torch.load has a dozen ways to fail on a damaged file
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a checkpoint of this project ({reason}): set RESUME to False.") from None
+    except Exception:  # torch.load has a dozen ways to fail on a damaged file, most of them in many lines
+        raise damaged from None
     other = [f"{name} {theirs.get(name)}, not {value}" for name, value in recipe.items() if theirs.get(name) != value]
     if other:
         raise InputError(f"{path} belongs to a run with {'; '.join(other)}: set RESUME to False, or these as there.")
-    for name, part in state.items():
-        part.load_state_dict(saved[name])
-    return saved["history"]
+    try:
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        return saved["history"]
+    except (KeyError, RuntimeError, ValueError):
+        raise damaged from None
 
 
 @torch.inference_mode()
@@ -729,14 +753,15 @@ def plot_predictions(pets: Pets, predicted: Tensor, indices: Iterable[int], titl
 
 def plot_history(history: list[dict], lines: dict[str, float]) -> Figure:
     """Plot training loss, and validation accuracy and mean IoU, by epoch; `lines` are accuracies to compare with."""
-    alt = "Training loss by epoch; beside it validation pixel accuracy and mean IoU with lines for " + ", ".join(lines)
+    alt = "Training loss by epoch; beside it validation pixel accuracy and mean IoU"
+    alt += f" with lines for {', '.join(lines)}" if lines else ""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", label=f"{alt}.")
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["train_loss"] for row in history], "o-", color=GREEN)
     left.set(title="training loss", xlabel="epoch", ylim=(0, None))
     right.plot(epochs, [row["valid_pixel_accuracy"] for row in history], "o-", color=GREEN, label="pixel accuracy")
     right.plot(epochs, [row["valid_mean_iou"] for row in history], "s-", color=RED, label="mean IoU")
-    for style, (name, value) in zip(("--", ":", "-."), lines.items(), strict=False):
+    for style, (name, value) in zip(cycle(("--", ":", "-.")), lines.items(), strict=False):
         right.axhline(value, color="#555555", linestyle=style, label=name)
     right.set(title="validation", xlabel="epoch", ylim=(0, 1))
     right.legend(loc="lower right", fontsize=8)

@@ -39,9 +39,7 @@ def test_torchvision_reads_the_stand_in_with_the_same_content(sample, split):
     for name, (image, trimap) in zip(listed, theirs, strict=True):
         index = ours.names.index(name)
         expected_image = oracle.resize(oracle.pil_to_tensor(image), [32, 32], antialias=True)
-        expected_mask = oracle.resize(
-            oracle.pil_to_tensor(trimap), [32, 32], InterpolationMode.NEAREST_EXACT
-        )[0]
+        expected_mask = oracle.resize(oracle.pil_to_tensor(trimap), [32, 32], InterpolationMode.NEAREST_EXACT)[0]
         assert (ours.images[index].int() - expected_image.int()).abs().max() <= 1
         assert torch.equal(ours.masks[index], expected_mask - 1)
 
@@ -135,6 +133,12 @@ def test_hold_out_takes_the_fraction_of_every_breed_and_at_least_one_image(fract
     assert set(rest).isdisjoint(held)
     assert [breed_of(name) for name in held].count("pug") == of_thirty
     assert [breed_of(name) for name in held].count("Maine_Coon") == of_ten
+
+
+def test_breeds_only_image_stays_in_the_rest_and_both_sides_see_a_breed_of_two():
+    rest, held = hold_out(["pug_1", "pug_2", "Bengal_1"], fraction=0.9)
+    assert sorted(map(breed_of, rest)) == ["Bengal", "pug"]
+    assert list(map(breed_of, held)) == ["pug"]
 
 
 def test_hold_out_depends_on_the_seed_and_not_on_the_order_of_names(sample):
@@ -320,9 +324,7 @@ def palette_with_transparency(picture: Image.Image) -> Image.Image:
         pytest.param(lambda p: p, "BMP", "RGB", 0, id="BMP"),
     ],
 )
-def test_files_named_jpg_that_are_no_rgb_jpeg_simply_work(
-    dataset, name, convert, file_format, as_seen, tolerance
-):
+def test_files_named_jpg_that_are_no_rgb_jpeg_simply_work(dataset, name, convert, file_format, as_seen, tolerance):
     expected = load_pets(dataset, [name], 32)
     path = image_of(dataset, name)
     with Image.open(path) as image:

@@ -70,9 +70,7 @@ def test_concatenation_puts_the_upsampled_before_the_residual():
     model.bottleneck.register_forward_hook(lambda _module, _inputs, output: caught.update(bottom=output))
     model.ups[0].register_forward_pre_hook(lambda _module, inputs: caught.update(joined=inputs[0]))
     model(torch.randn(1, 3, 8, 8))
-    upsampled = (
-        caught["bottom"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    )  # the nearest neighbour
+    upsampled = caught["bottom"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # the nearest neighbour
     assert torch.equal(caught["joined"], torch.cat((upsampled, caught["residual"]), dim=1))
 
 
@@ -82,9 +80,7 @@ def test_pooling_keeps_the_largest_of_four():
     model.downs[0].register_forward_hook(lambda _module, _inputs, output: caught.update(kept=output))
     model.bottleneck.register_forward_pre_hook(lambda _module, inputs: caught.update(pooled=inputs[0]))
     model(torch.randn(1, 3, 8, 8))
-    assert torch.equal(
-        caught["pooled"], caught["kept"].unflatten(3, (4, 2)).unflatten(2, (4, 2)).amax((3, 5))
-    )
+    assert torch.equal(caught["pooled"], caught["kept"].unflatten(3, (4, 2)).unflatten(2, (4, 2)).amax((3, 5)))
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_code_cells_are_short(cell):
     lines = cell.source.splitlines()
     limit = len(pets.PARAMETERS) if "parameters" in cell.metadata.get("tags", []) else 15
     assert len(lines) <= limit
-    assert all(len(line) <= 120 for line in lines)
+    assert all(len(line) <= 100 for line in lines)
 
 
 def test_every_code_cell_was_executed_in_order():

@@ -32,10 +32,10 @@ BAD = {
     "DATASET": ["", "Oxford", "coco", None, 1],
     "DATA_DIR": ["", None, 3],
     "DOWNLOAD": ["false", "True", 0, 1, None],
-    "LIMIT": [-1, 1, 36, 50.0, "50", True],
+    "LIMIT": [-1, 1, 49, 50.0, "50", True],
     "IMAGE_SIZE": [0, -64, 7, 1032, 64.0, "64", None],
     "BASE_CHANNELS": [0, -1, 257, 8.0, "8"],
-    "DEPTH": [0, -1, 8, 2.5, "3", True],
+    "DEPTH": [0, -1, 1, 8, 2.5, "3", True],
     "EPOCHS": [0, -1, 1001, 1.5, "4", True],
     "BATCH_SIZE": [0, 1, 1025, 16.0, "16"],
     "LEARNING_RATE": [0, 0.0, -0.1, 1.5, math.nan, math.inf, "0.1", True, None],
@@ -61,12 +61,12 @@ def test_good_parameters_come_back_as_given():
     ("name", "value"),
     [
         ("DATASET", "oxford"),
-        ("LIMIT", 37),
+        ("LIMIT", 50),
         ("IMAGE_SIZE", 8),
         ("IMAGE_SIZE", 1024),
         ("BASE_CHANNELS", 1),
         ("BASE_CHANNELS", 256),
-        ("DEPTH", 1),
+        ("DEPTH", 2),
         ("DEPTH", 6),
         ("EPOCHS", 1),
         ("EPOCHS", 1000),
@@ -78,7 +78,7 @@ def test_good_parameters_come_back_as_given():
         ("DEVICE", "cpu"),
         ("PRECISION", "float32"),
         ("PRECISION", "bfloat16"),
-        ("RESUME", True),
+        ("AUGMENT", False),
         ("PHOTO", __file__),
     ],
 )
@@ -97,12 +97,8 @@ def test_unknown_parameter_is_told_with_the_known_ones(complains):
         check_parameters(GOOD | {"EPOCH": 3})
 
 
-@pytest.mark.parametrize(
-    ("side", "depth", "words"), [(100, 3, "96 or 104"), (64, 7, "make it 128"), (9, 1, "8 or 10")]
-)
-def test_image_size_that_the_depth_does_not_divide_is_told_with_sizes_that_work(
-    complains, side, depth, words
-):
+@pytest.mark.parametrize(("side", "depth", "words"), [(100, 3, "96 or 104"), (64, 7, "make it 128"), (9, 2, "8 or 12")])
+def test_image_size_that_the_depth_does_not_divide_is_told_with_sizes_that_work(complains, side, depth, words):
     with complains(str(side), f"depth {depth}", words):
         check_parameters(GOOD | {"IMAGE_SIZE": side, "DEPTH": depth})
 
@@ -110,6 +106,17 @@ def test_image_size_that_the_depth_does_not_divide_is_told_with_sizes_that_work(
 def test_photo_that_is_not_there_is_told_with_its_path(tmp_path, complains):
     with complains("PHOTO", tmp_path / "cat.jpg"):
         check_parameters(GOOD | {"PHOTO": str(tmp_path / "cat.jpg")})
+
+
+def test_resuming_needs_the_checkpoint_of_the_run(tmp_path, monkeypatch, complains):
+    monkeypatch.setattr(petseg_utils, "ROOT", tmp_path)
+    resumed = GOOD | {"RESUME": True, "RUN_NAME": "mine"}
+    checkpoint = tmp_path / "runs" / "mine" / "checkpoint.pt"
+    with complains(checkpoint, "RESUME", "RUN_NAME"):
+        check_parameters(resumed)
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert check_parameters(resumed) == resumed
 
 
 def test_jupyter_shows_the_sentence_alone():

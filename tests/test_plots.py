@@ -59,10 +59,7 @@ FIGURES = {
     "history": lambda pets: plot_history(HISTORY, {"majority class": 0.58, "88.1 % of the course": 0.881}),
     "history of one epoch": lambda pets: plot_history(HISTORY[:1], {}),
     "confusion": lambda pets: plot_confusion(MATRIX),
-    **{
-        f"U-Net of depth {depth}": lambda pets, depth=depth: plot_unet(steps_of(depth))
-        for depth in range(2, 7)
-    },
+    **{f"U-Net of depth {depth}": lambda pets, depth=depth: plot_unet(steps_of(depth)) for depth in range(2, 7)},
     "broken U-Net": lambda pets: plot_unet(steps_of(3, broken=True)),
 }
 
@@ -95,6 +92,13 @@ def test_legend_has_the_colours_of_the_masks():
     assert [(patch.get_label(), patch.get_facecolor()[:3]) for patch in class_patches()] == [
         (name, to_rgb(color)) for name, color in zip(CLASSES, COLORS, strict=True)
     ]
+
+
+def test_nothing_but_the_classes_has_their_colours():
+    curves = [line.get_color() for axes in plot_history(HISTORY, {"a line": 0.5}).axes for line in axes.lines]
+    boxes = [patch.get_facecolor() for patch in plot_unet(steps_of(2)).axes[0].patches]
+    assert len({to_rgb(color) for color in curves + boxes}) > 3
+    assert {to_rgb(color) for color in curves + boxes}.isdisjoint(map(to_rgb, COLORS))
 
 
 def test_overlay_is_halfway_between_image_and_mask(pets):
@@ -213,9 +217,9 @@ def test_labels_of_the_u_neither_overlap_nor_leave_the_figure(depth):
 
 
 def test_boxes_of_the_u_grow_with_side_and_channels():
-    boxes = dict(
-        zip(("down1", "concat1", "up1", "down2"), plot_unet(steps_of(2)).axes[0].patches, strict=False)
-    )
+    figure = plot_unet(steps_of(2))
+    names = [text.get_text().split("\n")[0] for text in labels_of(figure)]
+    boxes = dict(zip(names, figure.axes[0].patches, strict=True))
     assert boxes["down2"].get_height() / boxes["down1"].get_height() == pytest.approx(np.sqrt(1 / 2))
     assert boxes["down2"].get_width() / boxes["down1"].get_width() == pytest.approx(np.sqrt(2))
     assert boxes["concat1"].get_width() / boxes["up1"].get_width() == pytest.approx(np.sqrt(2))

@@ -21,11 +21,7 @@ def random_labels(seed: int, classes: list[int], ignored: bool) -> tuple[torch.T
 
 
 @pytest.fixture(
-    params=[
-        (seed, classes, ignored)
-        for seed, classes in enumerate(([0, 1, 2], [0, 2], [1]))
-        for ignored in (0, 1)
-    ],
+    params=[(seed, classes, ignored) for seed, classes in enumerate(([0, 1, 2], [0, 2], [1])) for ignored in (0, 1)],
     ids=lambda param: f"classes {param[1]}{' and ignored pixels' if param[2] else ''}",
 )
 def labels(request) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,9 +41,7 @@ def test_confusion_matrix_is_scikit_learns(labels):
 
 
 def test_rows_are_the_truth():
-    matrix = confusion_matrix(
-        torch.tensor([0, 0, 1], dtype=torch.uint8), torch.tensor([2, 2, 1], dtype=torch.uint8)
-    )
+    matrix = confusion_matrix(torch.tensor([0, 0, 1], dtype=torch.uint8), torch.tensor([2, 2, 1], dtype=torch.uint8))
     assert matrix.tolist() == [[0, 0, 0], [0, 1, 0], [2, 0, 0]]
 
 

@@ -120,9 +120,7 @@ def test_receptive_field_is_what_the_gradient_reaches_at_most(depth, side):
     for name, output in outputs.items():
         middle = output.shape[-1] // 2
         widths = []
-        for place in range(
-            middle, middle + 2**depth
-        ):  # positions differ in how they lie to the coarser pixels
+        for place in range(middle, middle + 2**depth):  # positions differ in how they lie to the coarser pixels
             pixel = output[0, :, place, place].sum()
             (gradient,) = torch.autograd.grad(pixel, image, retain_graph=True)
             touched = gradient[0].sum(0).any(0).nonzero()

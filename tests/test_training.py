@@ -218,9 +218,9 @@ def test_finished_training_is_not_trained_further(pets, checkpoint, monkeypatch)
     history = train(finished, pets, pets, **RECIPE)
     monkeypatch.delattr(petseg_utils, "segmentation_loss")  # a single step would fail
     resumed = new_model(seed=99)
-    assert without_seconds(
-        train(resumed, pets, pets, **RECIPE, checkpoint=checkpoint, resume=True)
-    ) == without_seconds(history)
+    assert without_seconds(train(resumed, pets, pets, **RECIPE, checkpoint=checkpoint, resume=True)) == without_seconds(
+        history
+    )
     assert same_weights(resumed, finished)
     assert checkpoint.read_bytes() == content
 
@@ -232,24 +232,33 @@ def test_checkpoint_lies_alone_and_loads_without_unpickling_code(checkpoint):
     assert saved["recipe"].items() >= (RECIPE | {"base_channels": 2, "depth": 1}).items()
 
 
-def test_interrupted_saving_keeps_the_former_checkpoint(pets, checkpoint, monkeypatch):
+def test_training_afresh_puts_the_former_checkpoint_aside(pets, checkpoint):
     content = checkpoint.read_bytes()
+    train(new_model(), pets, pets, **RECIPE | {"seed": 2}, checkpoint=checkpoint)
+    assert checkpoint.with_name("checkpoint.old.pt").read_bytes() == content
+    assert torch.load(checkpoint, weights_only=True)["recipe"]["seed"] == 2
 
-    def save_half(_content, file):
-        file.write(b"half")
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr(torch, "save", save_half)
+def test_interrupted_saving_keeps_the_former_checkpoint(pets, tmp_path, monkeypatch):
+    save, path = torch.save, tmp_path / "checkpoint.pt"
+
+    def save_once(content, file):
+        if path.exists():
+            file.write(b"half")
+            raise OSError("no space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", save_once)
     with pytest.raises(OSError, match="no space left"):
-        train(new_model(), pets, pets, **RECIPE | {"seed": 2}, checkpoint=checkpoint)
-    assert checkpoint.read_bytes() == content
+        train(new_model(), pets, pets, **RECIPE, checkpoint=path)
+    assert len(torch.load(path, weights_only=True)["history"]) == 1
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"base_channels": 3}, "base_channels 2 instead of 3"),
-        ({"depth": 2}, "depth 1 instead of 2"),
+        ({"base_channels": 3}, "base_channels 2, not 3"),
+        ({"depth": 2}, "depth 1, not 2"),
     ],
 )
 def test_checkpoint_of_another_architecture_is_told(pets, checkpoint, complains, model, words):
@@ -260,7 +269,7 @@ def test_checkpoint_of_another_architecture_is_told(pets, checkpoint, complains,
 @pytest.mark.parametrize("name", RECIPE)
 def test_checkpoint_of_another_recipe_is_told(pets, checkpoint, complains, name):
     recipe = RECIPE | {name: RECIPE[name] * 2}
-    with complains(checkpoint, f"{name} {RECIPE[name]} instead of {recipe[name]}", "RESUME"):
+    with complains(checkpoint, f"{name} {RECIPE[name]}, not {recipe[name]}", "RESUME"):
         train(new_model(), pets, pets, **recipe, checkpoint=checkpoint, resume=True)
 
 
@@ -321,17 +330,13 @@ def test_prediction_is_the_most_probable_label_with_its_probability(trained, pho
     assert (labels.dtype, confidences.dtype) == (torch.uint8, torch.float32)
     assert labels.shape == confidences.shape == (70, 16, 16)
     torch.testing.assert_close(confidences, expected.amax(dim=1), rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        expected.gather(1, labels.long().unsqueeze(1))[:, 0], confidences, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(expected.gather(1, labels.long().unsqueeze(1))[:, 0], confidences, rtol=0, atol=1e-5)
 
 
 def test_prediction_does_not_depend_on_the_other_images(trained, photos):
     confidences = predict(trained, photos)[1]
     for chosen in (slice(0, 1), slice(31, 33), slice(69, 70)):
-        torch.testing.assert_close(
-            predict(trained, photos[chosen])[1], confidences[chosen], rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(predict(trained, photos[chosen])[1], confidences[chosen], rtol=0, atol=1e-5)
 
 
 def test_prediction_happens_in_eval_mode_and_leaves_the_weights(trained, photos):
@@ -363,9 +368,7 @@ def test_flip_predicts_the_mirrored_for_the_mirrored_image(trained, photos, size
 
 def test_flip_averages_probabilities(trained, photos):
     with torch.no_grad():
-        straight, mirrored = (
-            trained.eval()(images / 127.5 - 1).softmax(dim=1) for images in (photos, photos.flip(3))
-        )
+        straight, mirrored = (trained.eval()(images / 127.5 - 1).softmax(dim=1) for images in (photos, photos.flip(3)))
     expected = ((straight + mirrored.flip(3)) / 2).amax(dim=1)
     torch.testing.assert_close(predict(trained, photos, flip=True)[1], expected, rtol=0, atol=1e-5)
 
