@@ -189,6 +189,12 @@ def pair(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / "images" / f"{name}.jpg", folder / "annotations" / "trimaps" / f"{name}.png"
 
 
+def photo_size(folder: Path, name: str) -> tuple[int, int]:
+    """Return an image's width and height in pixels, without decoding it."""
+    with Image.open(pair(folder, name)[0]) as image:
+        return image.size
+
+
 def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
     """Split names in two, stratified by breed: (the rest, about `fraction` of each breed).
 
@@ -333,7 +339,7 @@ class UNet(nn.Module):
             residual = residuals.pop()
             if x.shape[-2:] != residual.shape[-2:]:
                 check_side(side, self.depth)
-            x = up(torch.cat((x, residual), dim=1))  # (N, c, s, s) twice -> (N, 2c, s, s) -> (N, c/2, s, s)
+            x = up(torch.cat((x, residual), dim=1))  # (N, c, s, s) twice -> (N, 2c, s, s) -> (N, c/2 or b, s, s)
         return self.out(x)
 
 
@@ -709,8 +715,9 @@ def overlay(image: Tensor, mask: Tensor) -> np.ndarray:
 def plot_grid(columns: dict[str, list], row_titles: list[str], alt: str, width: float = 2.2) -> Figure:
     """Plot columns of RGB pictures side by side, one row per picture, with the legend of the classes below."""
     rows = len(row_titles)
-    figure, axes = plt.subplots(rows, len(columns), figsize=(width * len(columns), width * rows + 0.6),
-                                squeeze=False, layout="constrained", label=alt)  # fmt: skip
+    height, width_of_picture = next(iter(columns.values()))[0].shape[:2]
+    size = (width * len(columns), width * rows * height / width_of_picture + 0.6)
+    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False, layout="constrained", label=alt)
     for j, (title, pictures) in enumerate(columns.items()):
         axes[0, j].set_title(title, fontsize=10)
         for i, picture in enumerate(pictures):
