@@ -1,6 +1,6 @@
 # The few commands a person types. A new environment uses PYTHON; `make run` takes a run's NAME and papermill's ARGS.
 PYTHON ?= python3
-NAME ?= default
+NAME ?= first
 ARGS ?=
 BIN := .venv/bin
 NOTEBOOK := notebooks/pet_segmentation.ipynb
@@ -8,9 +8,9 @@ NOTEBOOK := notebooks/pet_segmentation.ipynb
 .PHONY: run test lab outputs
 
 run: .venv/installed
-	mkdir -p runs/$(NAME)
-	$(BIN)/papermill --log-output $(NOTEBOOK) runs/$(NAME)/notebook.ipynb -p RUN_NAME $(NAME) $(ARGS)
-	$(BIN)/jupyter nbconvert --log-level WARN --to html --template classic runs/$(NAME)/notebook.ipynb
+	mkdir -p "runs/$(NAME)"
+	$(BIN)/papermill --log-output $(NOTEBOOK) "runs/$(NAME)/notebook.ipynb" -r RUN_NAME "$(NAME)" $(ARGS)
+	$(BIN)/jupyter nbconvert --log-level WARN --to html --template classic "runs/$(NAME)/notebook.ipynb"
 	@echo "Done: open runs/$(NAME)/notebook.html"
 
 test: .venv/installed

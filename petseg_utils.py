@@ -8,7 +8,9 @@ Dimensions: N images, C channels, H = W = S the side of the square images in pix
 import csv
 import io
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +72,7 @@ PARAMETERS: dict[str, tuple[type, Callable[..., bool], str]] = {
     "DEVICE": (str, lambda v: v in ("auto", "cpu", "cuda", "mps"), "'auto', 'cpu', 'cuda' or 'mps'"),
     "PRECISION": (str, lambda v: v in ("auto", "float32", "bfloat16"), "'auto', 'float32' or 'bfloat16'"),
     "PHOTO": (str, lambda v: True, "an image file's path, or '' for the photo that scikit-image ships"),
-    "RUN_NAME": (str, lambda v: bool(v) and set(v).isdisjoint("/\\") and v[0] != ".", "a plain folder name"),
+    "RUN_NAME": (str, lambda v: re.fullmatch(r"\w[\w.+-]{0,99}", v), "a folder name of letters, digits and _ . + -"),
     "RESUME": (bool, lambda v: True, "True or False"),
 }
 
@@ -86,8 +88,12 @@ def check_parameters(given: dict) -> dict:
             raise InputError(f"{name} must be {words}, not {value!r}.")
     check_side(given["IMAGE_SIZE"], given["DEPTH"])
     pick_device(given["DEVICE"])
-    if given["PHOTO"] and not locate(given["PHOTO"]).is_file():
-        raise InputError(f"there is no photo {locate(given['PHOTO'])}: set PHOTO to an image file's path, or to ''.")
+    if given["PHOTO"]:
+        if not locate(given["PHOTO"]).is_file():
+            raise InputError(
+                f"there is no photo {locate(given['PHOTO'])}: set PHOTO to an image file's path, or to ''."
+            )
+        open_photo(locate(given["PHOTO"]))
     checkpoint = ROOT / "runs" / given["RUN_NAME"] / "checkpoint.pt"
     if given["RESUME"] and not checkpoint.is_file():
         raise InputError(f"there is no {checkpoint} to go on from: set RESUME to False, or RUN_NAME to its run.")
@@ -229,7 +235,7 @@ def load_pets(folder: Path, names: list[str], side: int, title: str = "images") 
 
 def load_pair(image_path: Path, trimap_path: Path, side: int) -> tuple[Tensor, Tensor]:
     """Return one image (3, side, side) uint8 and its mask (side, side) uint8 labels; errors as in `load_pets`."""
-    image, trimap = open_image(image_path, "RGB"), open_image(trimap_path)
+    image, trimap = as_rgb(open_image(image_path)), open_image(trimap_path)
     if trimap.mode != "L":
         raise InputError(f"{trimap_path} has the mode {trimap.mode}, a trimap one channel of 8 bits: replace it.")
     if image.size != trimap.size:
@@ -243,20 +249,23 @@ def load_pair(image_path: Path, trimap_path: Path, side: int) -> tuple[Tensor, T
     return pixels.permute(2, 0, 1), trimap - 1  # (H, W, 3) -> (3, H, W); 1, 2, 3 -> 0, 1, 2
 
 
-def open_image(path: str | Path, mode: str | None = None) -> Image.Image:
-    """Decode an image file, whatever its format is, and convert it to `mode` if given. Errors: `InputError`."""
+def open_image(path: str | Path) -> Image.Image:
+    """Decode an image file, whatever its format is. Errors: `InputError`."""
     try:
         with Image.open(path) as image:
-            image.load()
-            # Through RGBA, since a palette with transparency converts to RGB only with a warning.
-            return image.convert("RGBA").convert(mode) if mode and image.mode == "P" else image.convert(mode)
+            return image.copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be decoded ({error}): replace it by an intact image file.") from None
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB, through RGBA if there is a palette: one with transparency converts only with a warning."""
+    return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
+
+
 def open_photo(path: str | Path) -> Image.Image:
     """Decode any photo as RGB, turned as its camera noted (phones store portraits lying). Errors: `InputError`."""
-    return ImageOps.exif_transpose(open_image(path, "RGB"))
+    return as_rgb(ImageOps.exif_transpose(open_image(path)))
 
 
 def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,20 +334,21 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, num_classes, S, S) for images (N, 3, S, S); S must be divisible by 2**depth."""
-        side = x.shape[-1]
+        height, width = x.shape[-2:]
         residuals = []
         for down in self.downs:
             x = down(x)
             residuals.append(x)
-            if x.shape[-1] < 2:
-                check_side(side, self.depth)
+            if min(x.shape[-2:]) < 2:
+                check_side(min(height, width), self.depth)
             x = self.pool(x)  # (N, c, s, s) -> (N, c, s/2, s/2)
         x = self.bottleneck(x)
         for up in self.ups:
             x = self.upsample(x)  # (N, c, s, s) -> (N, c, 2s, 2s)
             residual = residuals.pop()
             if x.shape[-2:] != residual.shape[-2:]:
-                check_side(side, self.depth)
+                check_side(height, self.depth)
+                check_side(width, self.depth)
             x = up(torch.cat((x, residual), dim=1))  # (N, c, s, s) twice -> (N, 2c, s, s) -> (N, c/2 or b, s, s)
         return self.out(x)
 
@@ -500,6 +510,13 @@ def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -
     return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
 
 
+def count_steps(images: int, batch_size: int) -> int:
+    """Return how many full batches an epoch has. Errors: `InputError` if it has none."""
+    if images < batch_size:
+        raise InputError(f"{images} training images don't fill one batch of {batch_size}: make BATCH_SIZE smaller.")
+    return images // batch_size
+
+
 def train(
     model: UNet,
     train_pets: Pets,
@@ -521,9 +538,7 @@ def train(
     goes to `checkpoint`; `resume` goes on from there, exactly as if never interrupted. Errors: `InputError` for too
     few images for a batch, and for a checkpoint that is missing or belongs to another architecture or recipe.
     """
-    steps = len(train_pets.names) // batch_size  # per epoch
-    if steps == 0:
-        raise InputError(f"{len(train_pets.names)} training images don't fill one batch: make BATCH_SIZE smaller.")
+    steps = count_steps(len(train_pets.names), batch_size)  # per epoch
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)
@@ -549,7 +564,7 @@ def train(
                 "epoch": epoch, "train_loss": loss, "valid_pixel_accuracy": valid["pixel_accuracy"],
                 "valid_mean_iou": valid["mean_iou"], "seconds": seconds,
             })  # fmt: skip
-            print(", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
+            bar.write(", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
             if checkpoint:
                 save_checkpoint(checkpoint, state, recipe, history)
     model.load_state_dict(average.module.state_dict())
@@ -587,6 +602,8 @@ def train_epoch(
         schedule.step()
         average.update_parameters(model)
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InputError("the loss is not a number any more: make LEARNING_RATE smaller and train again.")
         bar.update()
     return sum(losses) / len(losses)
 
@@ -668,9 +685,12 @@ def evaluate(model: UNet, pets: Pets, *, flip: bool = False, precision: torch.dt
 
 def confusion_matrix(predicted: Tensor, truth: Tensor) -> Tensor:
     """Count pixels by class: (K, K) int64, rows the truth and columns the prediction. Pixels `IGNORE` don't count."""
-    known = truth != IGNORE
-    pairs = truth[known].long() * len(CLASSES) + predicted[known].long()
-    return torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), len(CLASSES))
+    counts = torch.zeros(len(CLASSES) ** 2, dtype=torch.long)
+    for truths, predictions in zip(truth.split(64), predicted.split(64), strict=True):  # int64 copies are large
+        known = truths != IGNORE
+        pairs = truths[known].long() * len(CLASSES) + predictions[known].long()
+        counts += torch.bincount(pairs, minlength=len(counts))
+    return counts.view(len(CLASSES), len(CLASSES))
 
 
 def scores(matrix: Tensor) -> dict:
@@ -879,7 +899,7 @@ def draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float],
 def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
     """Call `write` on a file beside `path`, then rename it: readers see the old file or the new, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # runs may share a folder
     with draft.open("wb") as file:
         write(file)
     os.replace(draft, path)

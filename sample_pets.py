@@ -4,6 +4,7 @@ A file of its own, since nobody who wants to learn about segmentation has to rea
 """
 
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +75,14 @@ def draw_sample_pets(root: str | Path, trainval: int = 320, test: int = 80, seed
         raise ValueError(f"need trainval and test >= 1 and side >= 32, got {trainval}, {test} and {side}")
     folder = Path(root) / "oxford-iiit-pet"
     readme = folder / "annotations" / "README"
-    note = f"{DRAWN_BY}trainval={trainval}, test={test}, seed={seed}, side={side})\n"
+    code = zlib.crc32(Path(__file__).read_bytes())  # other code draws other pictures
+    note = f"{DRAWN_BY}trainval={trainval}, test={test}, seed={seed}, side={side}), code {code:08x}\n"
     if folder.exists():
         found = readme.read_text(errors="replace") if readme.is_file() else ""
         if found == note:
             return folder
         if not found.startswith(DRAWN_BY):
-            raise ValueError(f"{folder} was not drawn by draw_sample_pets, so it is left as it is")
+            raise ValueError(f"{folder} was not drawn by draw_sample_pets, so it is left as it is: move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Drawn aside and renamed at the end: an interrupted drawing leaves no half dataset.
     with tempfile.TemporaryDirectory(prefix=".drawing-", dir=root) as aside:
@@ -95,7 +97,11 @@ def draw_sample_pets(root: str | Path, trainval: int = 320, test: int = 80, seed
         (new / "annotations" / "README").write_text(note)
         if folder.exists():
             folder.rename(Path(aside) / "old")
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:  # somebody else was quicker with the same pictures
+            if readme.read_text() != note:
+                raise
     return folder
 
 

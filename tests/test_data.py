@@ -21,6 +21,7 @@ from petseg_utils import (
     find_dataset,
     hold_out,
     load_pets,
+    open_photo,
     read_split,
 )
 
@@ -431,3 +432,25 @@ def test_real_images_load(oxford):
     assert pets.images.shape == (50, 3, 64, 64)
     shares = torch.bincount(pets.masks.flatten().long(), minlength=3) / pets.masks.numel()
     assert shares.tolist() == pytest.approx([0.30, 0.59, 0.11], abs=0.1)  # those of all the images
+
+
+def test_photo_is_turned_as_its_camera_noted(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees
+    Image.new("L", (30, 20), 100).save(tmp_path / "lying.jpg", exif=exif)
+    photo = open_photo(tmp_path / "lying.jpg")
+    assert (photo.mode, photo.size) == ("RGB", (20, 30))
+
+
+def test_colour_alone_does_not_solve_the_stand_in(tmp_path):
+    """Guess each pixel by its colour alone, learned from other pictures: hardly better than the majority class."""
+    folder = draw_sample_pets(tmp_path, trainval=90, test=30)
+    train, test = (load_pets(folder, read_split(folder, split), 64) for split in ("trainval", "test"))
+
+    def colour(pets):  # 8 levels of red, green and blue
+        return ((pets.images.long() // 32) * torch.tensor([64, 8, 1]).view(3, 1, 1)).sum(dim=1)
+
+    counts = torch.bincount((colour(train) * 3 + train.masks).flatten(), minlength=512 * 3).view(512, 3)
+    accuracy = (counts.argmax(dim=1)[colour(test)] == test.masks).float().mean()
+    majority = (test.masks == 1).float().mean()
+    assert accuracy < majority + 0.1

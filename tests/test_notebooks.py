@@ -79,6 +79,25 @@ def test_every_code_cell_was_executed_in_order():
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
 
 
+def test_cells_that_show_something_have_outputs():
+    """A notebook without stored outputs would pass nbval, and say nothing."""
+    shows = [cell for cell in CODE if re.search(r"^(print|show|display|HTML)\(", cell.source, re.MULTILINE)]
+    assert len(shows) > 30
+    assert all(cell.outputs for cell in shows)
+
+
+def test_default_run_beats_the_majority_class_by_15_points():
+    texts = [output.get("data", {}).get("text/html", "") for output in OUTPUTS]
+    (lead,) = [float(found[1]) for text in texts if (found := re.search(r"([+-][\d.]+) percentage points", text))]
+    assert lead >= 15
+
+
+def test_readme_pictures_and_links_exist():
+    links = re.findall(r"\]\(([^):]+)\)", (pets.ROOT / "README.md").read_text())
+    assert links
+    assert all((pets.ROOT / link).exists() for link in links)
+
+
 def test_no_errors_stderr_or_progress_stored():
     assert not [output for output in OUTPUTS if output.output_type == "error" or output.get("name") == "stderr"]
     assert not re.search(r"\d+%\|", json.dumps(OUTPUTS))
@@ -118,7 +137,7 @@ def test_quiz_has_six_questions_with_checks_whose_code_is_folded():
     quiz = [cell for cell in CODE if "quiz" in cell.metadata.get("tags", [])]
     assert len(quiz) >= 6
     assert all(cell.metadata["jupyter"]["source_hidden"] for cell in quiz)
-    assert all(output.text == "right: True\n" for cell in quiz for output in cell.outputs)
+    assert all([output.text for output in cell.outputs] == ["right: True\n"] for cell in quiz)
 
 
 def test_parameters_cell_documents_every_parameter():
@@ -184,27 +203,34 @@ def test_papermill_ends_a_mistake_in_one_sentence(tmp_path, run_folder, paramete
 # ------------------------------------------------------------------------------------------------- nbval
 
 
-def test_nbval_goes_red_when_the_model_is_wrong(tmp_path):
-    """Grade the shape section of a copy of the project whose bottleneck is missing a channel doubling."""
+def grade(project: Path) -> subprocess.CompletedProcess:
+    """Grade a project's notebooks with strict nbval."""
+    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "notebooks"]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True)
+
+
+def test_nbval_goes_red_for_a_wrong_model_and_for_a_wrong_output(tmp_path):
+    """Grade the counts of the course's net in a copy of the project, as it is and with a mistake."""
     for name in ("petseg_utils.py", "sample_pets.py", "conftest.py", "pyproject.toml"):
         shutil.copy(pets.ROOT / name, tmp_path)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    wanted = ("import inspect", "net = pets.UNet(base_channels=32")  # set-up, and the counts of the course's net
+    wanted = ("import inspect", "net = pets.UNet(base_channels=32")  # set-up, and the counts
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.startswith(wanted)]
     assert len(notebook.cells) == len(wanted)
     (tmp_path / "notebooks").mkdir()
-    nbformat.write(notebook, tmp_path / "notebooks" / "shapes.ipynb")
-    grade = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "notebooks"]
+    copy = tmp_path / "notebooks" / "shapes.ipynb"
+    nbformat.write(notebook, copy)
+    assert grade(tmp_path).returncode == 0
 
-    good = subprocess.run(grade, cwd=tmp_path, capture_output=True, text=True)
-    assert good.returncode == 0, good.stdout
+    right = copy.read_text()
+    assert right.count("13,385,475") == 1
+    copy.write_text(right.replace("13,385,475", "13,385,476"))
+    assert "1 failed" in grade(tmp_path).stdout
 
+    copy.write_text(right)
     module = tmp_path / "petseg_utils.py"
     source = module.read_text()
-    wrong = source.replace(
-        "base_channels * 2**level for level in range(depth)", "base_channels for level in range(depth)"
-    )
+    wrong = source.replace("base_channels * 2**level for level in range(depth)", "base_channels for _ in range(depth)")
     assert wrong != source
     module.write_text(wrong)
-    bad = subprocess.run(grade, cwd=tmp_path, capture_output=True, text=True)
-    assert bad.returncode == 1 and "1 failed" in bad.stdout
+    assert "1 failed" in grade(tmp_path).stdout

@@ -1,6 +1,7 @@
 """The parameters section: what is accepted, and the one sentence that everything else gets."""
 
 import math
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ GOOD = {
     "DEVICE": "auto",
     "PRECISION": "auto",
     "PHOTO": "",
-    "RUN_NAME": "run-1.5 b",
+    "RUN_NAME": "run-1.5_b",
     "RESUME": False,
 }
 BAD = {
@@ -44,7 +45,7 @@ BAD = {
     "DEVICE": ["", "gpu", "cuda:7", "CPU", None, 0],
     "PRECISION": ["", "float16", "bf16", 32, None],
     "PHOTO": [None, 3, False],
-    "RUN_NAME": ["", ".", "..", ".hidden", "a/b", "a\\b", "/tmp", None, 3],
+    "RUN_NAME": ["", ".", "..", ".hidden", "a/b", "a\\b", "/tmp", "a b", "a\nb", "x" * 101, None, 3],
     "RESUME": ["false", 0, None],
 }
 
@@ -79,7 +80,7 @@ def test_good_parameters_come_back_as_given():
         ("PRECISION", "float32"),
         ("PRECISION", "bfloat16"),
         ("AUGMENT", False),
-        ("PHOTO", __file__),
+        ("PHOTO", str(files("skimage.data") / "chelsea.png")),
     ],
 )
 def test_values_at_the_ends_of_their_ranges_pass(name, value):
@@ -106,6 +107,11 @@ def test_image_size_that_the_depth_does_not_divide_is_told_with_sizes_that_work(
 def test_photo_that_is_not_there_is_told_with_its_path(tmp_path, complains):
     with complains("PHOTO", tmp_path / "cat.jpg"):
         check_parameters(GOOD | {"PHOTO": str(tmp_path / "cat.jpg")})
+
+
+def test_photo_that_is_no_image_is_told_before_any_work(complains):
+    with complains(__file__, "cannot be decoded"):
+        check_parameters(GOOD | {"PHOTO": __file__})
 
 
 def test_resuming_needs_the_checkpoint_of_the_run(tmp_path, monkeypatch, complains):
