@@ -476,7 +476,7 @@ def shape_table(steps: list[Step]) -> str:
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     header = "".join(f"<th>{title}</th>" for title in head)
     # A narrow window scrolls the table, not the page.
-    return f'<div style="overflow-x:auto"><table><tr>{header}</tr>\n{body}</table></div>'
+    return f'<div style="overflow-x:auto"><table style="white-space:nowrap"><tr>{header}</tr>\n{body}</table></div>'
 
 
 def shape_text(shape: tuple[int, float]) -> str:
@@ -564,7 +564,7 @@ def train(
                 "epoch": epoch, "train_loss": loss, "valid_pixel_accuracy": valid["pixel_accuracy"],
                 "valid_mean_iou": valid["mean_iou"], "seconds": seconds,
             })  # fmt: skip
-            bar.write(", ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
+            bar.set_postfix({"loss": f"{loss:.3f}", "valid accuracy": f"{valid['pixel_accuracy']:.3f}"})
             if checkpoint:
                 save_checkpoint(checkpoint, state, recipe, history)
     model.load_state_dict(average.module.state_dict())
