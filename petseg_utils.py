@@ -334,23 +334,23 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, num_classes, S, S) for images (N, 3, S, S); S must be divisible by 2**depth."""
-        height, width = x.shape[-2:]
+        self.check_size(x)
         residuals = []
         for down in self.downs:
             x = down(x)
             residuals.append(x)
-            if min(x.shape[-2:]) < 2:
-                check_side(min(height, width), self.depth)
             x = self.pool(x)  # (N, c, s, s) -> (N, c, s/2, s/2)
         x = self.bottleneck(x)
         for up in self.ups:
             x = self.upsample(x)  # (N, c, s, s) -> (N, c, 2s, 2s)
-            residual = residuals.pop()
-            if x.shape[-2:] != residual.shape[-2:]:
-                check_side(height, self.depth)
-                check_side(width, self.depth)
-            x = up(torch.cat((x, residual), dim=1))  # (N, c, s, s) twice -> (N, 2c, s, s) -> (N, c/2 or b, s, s)
+            x = torch.cat((x, residuals.pop()), dim=1)  # (N, c, s, s) twice -> (N, 2c, s, s)
+            x = up(x)  # (N, 2c, s, s) -> (N, c/2, s, s); at the top (N, c, s, s)
         return self.out(x)
+
+    def check_size(self, x: Tensor) -> None:
+        """Raise `InputError` unless height and width of x (N, C, H, W) can be halved `depth` times."""
+        for side in x.shape[-2:]:
+            check_side(side, self.depth)
 
 
 # --------------------------------------------------------------------------------------------------- shapes
@@ -440,6 +440,7 @@ def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
     shapes don't fit yields the steps before the one that failed.
     """
     model = deepcopy(model).to("meta").eval()
+    model.check_size = lambda x: None  # a size that doesn't fit shall get as far as it can
     traced: dict[str, tuple[int, int]] = {}
 
     def note(name: str, tensor: Tensor) -> None:
@@ -456,7 +457,7 @@ def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
         down.register_forward_hook(lambda _m, _i, output, level=level: note(f"down{level}", output))
     model.bottleneck.register_forward_hook(lambda _m, _i, output: note("bottleneck", output))
     model.out.register_forward_hook(lambda _m, _i, output: note("out", output))
-    with suppress(RuntimeError, InputError):  # where it fails is told by the steps that are missing
+    with suppress(RuntimeError):  # where it fails is told by the steps that are missing
         model(torch.empty(1, 3, side, side, device="meta"))
     return traced
 
@@ -472,10 +473,10 @@ def shape_table(steps: list[Step]) -> str:
             step.name, f"{size} × {size} × {channels}", shape_text(step.predicted), traced, "✓" if step.agrees else "✗",
             f"{step.parameters:,}", f"{step.flops / 1e6:,.1f}", f"{step.memory / 1024:,.0f}", step.receptive_field,
         ]  # fmt: skip
-        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+        # A narrow window scrolls the table, not the page, and wraps no cell.
+        rows.append("".join(f"<td>{str(cell).replace(' ', '&nbsp;')}</td>" for cell in cells))
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     header = "".join(f"<th>{title}</th>" for title in head)
-    # A narrow window scrolls the table, not the page.
     return f'<div style="overflow-x:auto"><table style="white-space:nowrap"><tr>{header}</tr>\n{body}</table></div>'
 
 
@@ -490,7 +491,7 @@ def shape_text(shape: tuple[int, float]) -> str:
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
     """Return uint8 images (N, 3, S, S) as the model's input: float32 in -1 to 1, channels last, on `device`."""
-    # Channels last in memory lets convolutions read whole pixels: about a third faster here than the default layout.
+    # Channels last in memory lets convolutions read whole pixels, which is faster than the default layout.
     return images.to(device, memory_format=torch.channels_last).float() / 127.5 - 1
 
 

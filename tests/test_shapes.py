@@ -179,7 +179,8 @@ def test_odd_size_shows_at_the_pooling_that_cannot_halve_it(side, first_wrong):
 
 def cells_of(table: str) -> list[list[str]]:
     """Return the text of a table's cells, row by row, without the header."""
-    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.S)[1:]]
+    text = table.replace("&nbsp;", " ")
+    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.S)[1:]]
 
 
 def test_table_has_a_ticked_row_for_every_step():
