@@ -10,7 +10,8 @@ NOTEBOOK := notebooks/pet_segmentation.ipynb
 run: .venv/installed
 	mkdir -p "runs/$(NAME)"
 	$(BIN)/papermill --log-output $(NOTEBOOK) "runs/$(NAME)/notebook.ipynb" -r RUN_NAME "$(NAME)" $(ARGS)
-	$(BIN)/jupyter nbconvert --log-level WARN --to html --template classic "runs/$(NAME)/notebook.ipynb"
+	$(BIN)/jupyter nbconvert --log-level WARN --to html --template classic "runs/$(NAME)/notebook.ipynb" \
+		--HTMLExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor  # one line a progress bar
 	@echo "Done: open runs/$(NAME)/notebook.html"
 
 test: .venv/installed
