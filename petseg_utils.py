@@ -94,9 +94,8 @@ def check_parameters(given: dict) -> dict:
                 f"there is no photo {locate(given['PHOTO'])}: set PHOTO to an image file's path, or to ''."
             )
         open_photo(locate(given["PHOTO"]))
-    checkpoint = ROOT / "runs" / given["RUN_NAME"] / "checkpoint.pt"
-    if given["RESUME"] and not checkpoint.is_file():
-        raise InputError(f"there is no {checkpoint} to go on from: set RESUME to False, or RUN_NAME to its run.")
+    if given["RESUME"]:
+        require_checkpoint(ROOT / "runs" / given["RUN_NAME"] / "checkpoint.pt")
     return given
 
 
@@ -477,7 +476,7 @@ def shape_table(steps: list[Step]) -> str:
         rows.append("".join(f"<td>{str(cell).replace(' ', '&nbsp;')}</td>" for cell in cells))
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     header = "".join(f"<th>{title}</th>" for title in head)
-    return f'<div style="overflow-x:auto"><table style="white-space:nowrap"><tr>{header}</tr>\n{body}</table></div>'
+    return f'<div style="overflow-x:auto"><table><tr>{header}</tr>\n{body}</table></div>'
 
 
 def shape_text(shape: tuple[int, float]) -> str:
@@ -621,10 +620,15 @@ def save_checkpoint(path: Path, state: dict, recipe: dict, history: list[dict]) 
     write_atomically(path, lambda file: torch.save({**parts, "recipe": recipe, "history": history}, file))
 
 
-def load_checkpoint(path: Path, state: dict, recipe: dict) -> list[dict]:
-    """Load `state` from a checkpoint of the same recipe and return its history. Errors: `InputError`."""
+def require_checkpoint(path: Path | None) -> None:
+    """Raise `InputError` unless there is a checkpoint at `path`."""
     if not path or not Path(path).is_file():
         raise InputError(f"there is no checkpoint {path} to go on from: set RESUME to False, or RUN_NAME to its run.")
+
+
+def load_checkpoint(path: Path, state: dict, recipe: dict) -> list[dict]:
+    """Load `state` from a checkpoint of the same recipe and return its history. Errors: `InputError`."""
+    require_checkpoint(path)
     damaged = InputError(f"{path} is damaged, or no checkpoint of this project: set RESUME to False.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -16,6 +16,7 @@ import petseg_utils as pets
 NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
 CELLS = nbformat.read(NOTEBOOK, as_version=4).cells
 CODE = [cell for cell in CELLS if cell.cell_type == "code"]
+(PARAMETERS_CELL,) = [cell for cell in CODE if "parameters" in cell.metadata.get("tags", [])]
 OUTPUTS = [output for cell in CODE for output in cell.outputs]
 HEADINGS = [
     (len(marks), title)
@@ -70,7 +71,7 @@ def test_links_to_files_resolve():
 @pytest.mark.parametrize("cell", CODE, ids=lambda cell: cell.id)
 def test_code_cells_are_short(cell):
     lines = cell.source.splitlines()
-    limit = len(pets.PARAMETERS) if "parameters" in cell.metadata.get("tags", []) else 15
+    limit = len(pets.PARAMETERS) if cell is PARAMETERS_CELL else 15
     assert len(lines) <= limit
     assert all(len(line) <= 100 for line in lines)
 
@@ -141,15 +142,13 @@ def test_quiz_has_six_questions_with_checks_whose_code_is_folded():
 
 
 def test_parameters_cell_documents_every_parameter():
-    (cell,) = [cell for cell in CODE if "parameters" in cell.metadata.get("tags", [])]
-    documented = re.findall(r"^(\w+): (\w+) = \S.*  # \S+", cell.source, re.MULTILINE)
+    documented = re.findall(r"^(\w+): (\w+) = \S.*  # \S+", PARAMETERS_CELL.source, re.MULTILINE)
     assert [(name, kind) for name, kind in documented] == [(n, p[0].__name__) for n, p in pets.PARAMETERS.items()]
 
 
 def test_defaults_are_valid():
-    (cell,) = [cell for cell in CODE if "parameters" in cell.metadata.get("tags", [])]
     namespace: dict = {}
-    exec(cell.source, namespace)
+    exec(PARAMETERS_CELL.source, namespace)
     pets.check_parameters({name: namespace[name] for name in pets.PARAMETERS})
 
 
