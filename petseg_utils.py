@@ -6,6 +6,7 @@ Dimensions: N images, C channels, H = W = S the side of the square images in pix
 """
 
 import csv
+import ctypes
 import io
 import json
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
-from itertools import cycle
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,11 +63,20 @@ PARAMETERS: dict[str, tuple[type, Callable[..., bool], str]] = {
     "DOWNLOAD": (bool, lambda v: True, "True or False"),
     "LIMIT": (int, lambda v: v == 0 or v >= 50, "0 (all images) or a whole number from 50"),
     "IMAGE_SIZE": (int, lambda v: 8 <= v <= 1024, "a whole number from 8 to 1024"),
+    "SCORE_SIZE": (int, lambda v: v == 0 or 8 <= v <= 1024, "0 (IMAGE_SIZE) or a whole number from 8 to 1024"),
+    "MASK_RESIZE": (str, lambda v: v in ("nearest", "bilinear"), "'nearest' or 'bilinear'"),
     "BASE_CHANNELS": (int, lambda v: 1 <= v <= 256, "a whole number from 1 to 256"),
     "DEPTH": (int, lambda v: 2 <= v <= 7, "a whole number from 2 to 7"),
+    "NORMS": (int, lambda v: v in (1, 2), "1 or 2"),
+    "SKIPS": (bool, lambda v: True, "True or False"),
     "EPOCHS": (int, lambda v: 1 <= v <= 1000, "a whole number from 1 to 1000"),
+    "SMALL_EPOCHS": (int, lambda v: 0 <= v <= 1000, "a whole number from 0 to EPOCHS"),
     "BATCH_SIZE": (int, lambda v: 2 <= v <= 1024, "a whole number from 2 to 1024"),
     "LEARNING_RATE": (float, lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    "ONE_CYCLE": (bool, lambda v: True, "True or False"),
+    "WEIGHT_DECAY": (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    "DICE_WEIGHT": (float, lambda v: 0 <= v <= 100, "a number from 0 to 100"),
+    "AVERAGE": (bool, lambda v: True, "True or False"),
     "AUGMENT": (bool, lambda v: True, "True or False"),
     "SEED": (int, lambda v: 0 <= v < 2**31, "a whole number from 0 to 2147483647"),
     "DEVICE": (str, lambda v: v in ("auto", "cpu", "cuda", "mps"), "'auto', 'cpu', 'cuda' or 'mps'"),
@@ -87,6 +97,10 @@ def check_parameters(given: dict) -> dict:
         if not (type(value) is wanted or number) or not allowed(value):
             raise InputError(f"{name} must be {words}, not {value!r}.")
     check_side(given["IMAGE_SIZE"], given["DEPTH"])
+    if given["SMALL_EPOCHS"]:
+        if given["SMALL_EPOCHS"] > given["EPOCHS"]:
+            raise InputError(f"SMALL_EPOCHS {given['SMALL_EPOCHS']} exceed EPOCHS {given['EPOCHS']}: make it less.")
+        check_half(given["IMAGE_SIZE"], given["DEPTH"])
     pick_device(given["DEVICE"])
     if given["PHOTO"]:
         if not locate(given["PHOTO"]).is_file():
@@ -135,7 +149,10 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 class Pets(NamedTuple):
-    """A split in memory: `names` of N images, `images` (N, 3, S, S) uint8 and `masks` (N, S, S) uint8 labels."""
+    """A split in memory: `names` of N images, `images` (N, 3, S, S) uint8 and `masks` (N, S, S) uint8 labels.
+
+    Masks that are only scored against may have another side than the images.
+    """
 
     names: list[str]
     images: Tensor
@@ -214,17 +231,27 @@ def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[li
     return [name for name in names if name not in held], [name for name in names if name in held]
 
 
-def load_pets(folder: Path, names: list[str], side: int, title: str = "images") -> Pets:
-    """Decode every image and trimap once, in parallel, into memory: 4 * side**2 bytes each.
+def load_pets(
+    folder: Path,
+    names: list[str],
+    side: int,
+    title: str = "images",
+    *,
+    mask_side: int = 0,
+    mask_resize: str = "nearest",
+) -> Pets:
+    """Decode every image and trimap once, in parallel, into memory: 3 * side**2 + mask_side**2 bytes each.
 
+    `mask_side` is `side` unless given. `mask_resize` "bilinear" makes the mistake of mixing labels, to see its price.
     Errors: `InputError` for a file that does not decode, or a trimap that is not of its image's size or holds
     other values than 1, 2 and 3.
     """
+    mask_side = mask_side or side
     images = torch.empty(len(names), 3, side, side, dtype=torch.uint8)
-    masks = torch.empty(len(names), side, side, dtype=torch.uint8)
+    masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
     def load(index: int) -> None:
-        images[index], masks[index] = load_pair(*pair(folder, names[index]), side)
+        images[index], masks[index] = load_pair(*pair(folder, names[index]), side, mask_side, mask_resize)
 
     with ThreadPoolExecutor() as pool:
         for _ in tqdm(pool.map(load, range(len(names))), title, len(names), leave=False):
@@ -232,8 +259,10 @@ def load_pets(folder: Path, names: list[str], side: int, title: str = "images") 
     return Pets(names, images, masks)
 
 
-def load_pair(image_path: Path, trimap_path: Path, side: int) -> tuple[Tensor, Tensor]:
-    """Return one image (3, side, side) uint8 and its mask (side, side) uint8 labels; errors as in `load_pets`."""
+def load_pair(
+    image_path: Path, trimap_path: Path, side: int, mask_side: int, mask_resize: str = "nearest"
+) -> tuple[Tensor, Tensor]:
+    """Return one image (3, side, side) uint8 and its mask (mask_side, mask_side); the rest is as in `load_pets`."""
     image, trimap = as_rgb(open_image(image_path)), open_image(trimap_path)
     if trimap.mode != "L":
         raise InputError(f"{trimap_path} has the mode {trimap.mode}, a trimap one channel of 8 bits: replace it.")
@@ -244,7 +273,8 @@ def load_pair(image_path: Path, trimap_path: Path, side: int) -> tuple[Tensor, T
         raise InputError(f"{trimap_path} holds the value {min(strangers)}, a trimap only 1, 2 and 3: replace it.")
     # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and must never be mixed.
     pixels = torch.from_numpy(np.array(image.resize((side, side), Image.Resampling.BILINEAR)))
-    trimap = torch.from_numpy(np.array(trimap.resize((side, side), Image.Resampling.NEAREST)))
+    trimap = trimap.resize((mask_side, mask_side), Image.Resampling[mask_resize.upper()])
+    trimap = torch.from_numpy(np.array(trimap))
     return pixels.permute(2, 0, 1), trimap - 1  # (H, W, 3) -> (3, H, W); 1, 2, 3 -> 0, 1, 2
 
 
@@ -265,6 +295,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def open_photo(path: str | Path) -> Image.Image:
     """Decode any photo as RGB, turned as its camera noted (phones store portraits lying). Errors: `InputError`."""
     return as_rgb(ImageOps.exif_transpose(open_image(path)))
+
+
+def half_size(images: Tensor) -> Tensor:
+    """Return uint8 images (N, 3, S, S) at half their side, antialiased: (N, 3, S/2, S/2)."""
+    return v2.functional.resize(images, [images.shape[-1] // 2] * 2, antialias=True)
 
 
 def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,15 +323,18 @@ def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------- model
 
 
-def conv_plus_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Return (3 x 3 convolution, BatchNorm, LeakyReLU) twice: (N, in, H, W) -> (N, out, H, W)."""
+def conv_plus_conv(in_channels: int, out_channels: int, norms: int = 2) -> nn.Sequential:
+    """Return (3 x 3 convolution, BatchNorm, LeakyReLU) twice: (N, in, H, W) -> (N, out, H, W).
+
+    With `norms` 1 the second BatchNorm is left out. Activating in place spares a copy of the largest tensors.
+    """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
         nn.BatchNorm2d(out_channels),
-        nn.LeakyReLU(0.2),
+        nn.LeakyReLU(0.2, inplace=True),
         nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1),
-        nn.BatchNorm2d(out_channels),
-        nn.LeakyReLU(0.2),
+        nn.BatchNorm2d(out_channels) if norms == 2 else nn.Identity(),
+        nn.LeakyReLU(0.2, inplace=True),
     )
 
 
@@ -310,23 +348,42 @@ def check_side(side: int, depth: int) -> None:
                          f"by {stride}: make it {sides}, or the U-Net less deep.")  # fmt: skip
 
 
+def check_half(side: int, depth: int) -> None:
+    """Raise `InputError`, naming a side that would work, unless half of `side` fits a U-Net of that depth."""
+    stride = 2 ** (depth + 1)
+    if side % stride:
+        raise InputError(f"SMALL_EPOCHS train at half of IMAGE_SIZE, but {side / 2:g} is not divisible by {2**depth}: "
+                         f"make IMAGE_SIZE {(side // stride + 1) * stride}, or SMALL_EPOCHS 0.")  # fmt: skip
+
+
 class UNet(nn.Module):
     """U-Net (Ronneberger et al. 2015) as the course draws it: (N, 3, S, S) -> logits (N, num_classes, S, S).
 
     Going down, every level halves the side and doubles the channels: what is lost in place is won in kind. Going
     up, every level doubles the side again and joins the residual of the same size that was kept on the way down.
+    To see what they are good for, `norms` 1 leaves out every second BatchNorm, and `skips` False puts zeros in the
+    place of the residuals.
     """
 
-    def __init__(self, base_channels: int = 32, depth: int = 5, num_classes: int = len(CLASSES)):
+    def __init__(
+        self,
+        base_channels: int = 32,
+        depth: int = 5,
+        num_classes: int = len(CLASSES),
+        *,
+        norms: int = 2,
+        skips: bool = True,
+    ):
         super().__init__()
         self.base_channels, self.depth, self.num_classes = base_channels, depth, num_classes
+        self.norms, self.skips = norms, skips
         channels = [base_channels * 2**level for level in range(depth)]  # b, 2b, 4b, ...
-        self.downs = nn.ModuleList(map(conv_plus_conv, [3, *channels], channels))
-        self.bottleneck = conv_plus_conv(channels[-1], channels[-1])
+        self.downs = nn.ModuleList(map(conv_plus_conv, [3, *channels], channels, repeat(norms)))
+        self.bottleneck = conv_plus_conv(channels[-1], channels[-1], norms)
         # Upsampled and residual have as many channels each, so the concatenation doubles them: 2c go in.
         inputs = [2 * c for c in reversed(channels)]
         outputs = [*channels[-2::-1], base_channels]  # as many as the level above keeps; the last one keeps b
-        self.ups = nn.ModuleList(map(conv_plus_conv, inputs, outputs))
+        self.ups = nn.ModuleList(map(conv_plus_conv, inputs, outputs, repeat(norms)))
         self.out = nn.Conv2d(base_channels, num_classes, kernel_size=1)
         self.pool = nn.MaxPool2d(2)
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
@@ -337,7 +394,7 @@ class UNet(nn.Module):
         residuals = []
         for down in self.downs:
             x = down(x)
-            residuals.append(x)
+            residuals.append(x if self.skips else torch.zeros_like(x))
             x = self.pool(x)  # (N, c, s, s) -> (N, c, s/2, s/2)
         x = self.bottleneck(x)
         for up in self.ups:
@@ -394,11 +451,12 @@ def predict_shapes(model: UNet, side: int) -> list[Step]:
         nonlocal channels
         path.extend(operations)
         parameters = flops = 0
+        if "conv3" in operations:
+            parameters += model.norms * 2 * out  # each BatchNorm has a scale and a shift for every channel
         for operation in operations:
             if operation in ("conv3", "conv1"):
                 weights = (9 if operation == "conv3" else 1) * channels * out
                 parameters += weights + out  # and a bias for every output channel
-                parameters += 2 * out if operation == "conv3" else 0  # its BatchNorm: a scale and a shift
                 flops += int(2 * weights * (side / 2**level) ** 2)
                 channels = out
         channels = out
@@ -489,9 +547,20 @@ def shape_text(shape: tuple[int, float]) -> str:
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """Return uint8 images (N, 3, S, S) as the model's input: float32 in -1 to 1, channels last, on `device`."""
-    # Channels last in memory lets convolutions read whole pixels, which is faster than the default layout.
-    return images.to(device, memory_format=torch.channels_last).float() / 127.5 - 1
+    """Return uint8 images (N, 3, S, S) as the model's input: float32 in -1 to 1, on `device`."""
+    return images.to(device).float() / 127.5 - 1
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to keep what is freed; other systems' allocators are left as they are.
+
+    Every training step needs the same large tensors again. By default their memory goes back to Linux after each
+    use and returns as new pages of zeros, which slows the step down on the CPU; `make bench` measures how much.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back to Linux only above this number of bytes
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -> Tensor:
@@ -517,6 +586,28 @@ def count_steps(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
+def new_training_state(
+    model: UNet,
+    precision: torch.dtype,
+    *,
+    learning_rate: float,
+    total_steps: int,
+    one_cycle: bool = True,
+    weight_decay: float = 0.01,
+    averaged: bool = True,
+) -> dict:
+    """Return all that changes during a training: the model, its average, the optimiser and the schedule, by name."""
+    # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster without on AVX2.
+    model.to(memory_format=torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    if one_cycle:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps)
+    else:
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    average = AveragedModel(model, avg_fn=moving_average if averaged else latest, use_buffers=True)
+    return {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+
+
 def train(
     model: UNet,
     train_pets: Pets,
@@ -525,6 +616,11 @@ def train(
     epochs: int,
     batch_size: int,
     learning_rate: float,
+    small_epochs: int = 0,
+    one_cycle: bool = True,
+    weight_decay: float = 0.01,
+    dice_weight: float = 0.5,
+    averaged: bool = True,
     augmented: bool = True,
     seed: int = 0,
     precision: torch.dtype = torch.float32,
@@ -533,33 +629,44 @@ def train(
 ) -> list[dict]:
     """Train `model` in place, on its device, and return the history: one dict per epoch.
 
-    Ingredients: AdamW, a one-cycle learning-rate schedule that peaks at `learning_rate` (Smith 2018), and a moving
-    average of the weights, which is what gets validated and is in `model` at the end. After every epoch the state
-    goes to `checkpoint`; `resume` goes on from there, exactly as if never interrupted. Errors: `InputError` for too
-    few images for a batch, and for a checkpoint that is missing or belongs to another architecture or recipe.
+    Ingredients: AdamW (without weight decay it is Adam); a learning rate that follows one cycle with its peak at
+    `learning_rate` (Smith 2018), or is constant; the first `small_epochs` at half the images' side (progressive
+    resizing); a moving average of the weights, which is what gets validated and is in `model` at the end. After
+    every epoch the state goes to `checkpoint`; `resume` goes on from there, exactly as if never interrupted. Errors:
+    `InputError` for too few images for a batch, and for a checkpoint that is missing or belongs to another
+    architecture or recipe.
     """
     steps = count_steps(len(train_pets.names), batch_size)  # per epoch
-    model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)
-    average = AveragedModel(model, avg_fn=moving_average, use_buffers=True)
-    state = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+    keep_freed_memory()
+    state = new_training_state(
+        model, precision, learning_rate=learning_rate, total_steps=epochs * steps, one_cycle=one_cycle,
+        weight_decay=weight_decay, averaged=averaged,
+    )  # fmt: skip
+    average = state["average"]
     recipe = {
-        "base_channels": model.base_channels, "depth": model.depth, "epochs": epochs, "batch_size": batch_size,
-        "learning_rate": learning_rate, "augmented": augmented, "seed": seed, "images": list(train_pets.images.shape),
+        "base_channels": model.base_channels, "depth": model.depth, "norms": model.norms, "skips": model.skips,
+        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "small_epochs": small_epochs,
+        "one_cycle": one_cycle, "weight_decay": weight_decay, "dice_weight": dice_weight, "averaged": averaged,
+        "augmented": augmented, "seed": seed, "images": list(train_pets.images.shape),
+        "sum of labels": int(train_pets.masks.sum()),  # tells other images, and other masks, of the same shape
     }  # fmt: skip
     if checkpoint and checkpoint.exists() and not resume:
         os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))  # it may have taken hours
     history = load_checkpoint(checkpoint, state, recipe) if resume else []
+    if small_epochs:
+        masks = train_pets.masks[:, ::2, ::2]  # by nearest; validation masks keep the side that scores are for
+        small_train = Pets(train_pets.names, half_size(train_pets.images), masks)
+        small_valid = valid_pets._replace(images=half_size(valid_pets.images))
 
     with tqdm(total=epochs * steps, initial=len(history) * steps, mininterval=1, leave=False) as bar:
         for epoch in range(len(history) + 1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             torch.manual_seed(seed * 100_003 + epoch)  # by epoch, so that a resumed run draws the same
             start = time.perf_counter()
-            loss = train_epoch(train_pets, batch_size, augmented, precision, **state, bar=bar)
+            seen, held_out = (small_train, small_valid) if epoch <= small_epochs else (train_pets, valid_pets)
+            loss = train_epoch(seen, batch_size, augmented, dice_weight, precision, **state, bar=bar)
             seconds = time.perf_counter() - start
-            valid = scores(evaluate(average.module, valid_pets, precision=precision))
+            valid = scores(evaluate(average.module, held_out, precision=precision))
             history.append({
                 "epoch": epoch, "train_loss": loss, "valid_pixel_accuracy": valid["pixel_accuracy"],
                 "valid_mean_iou": valid["mean_iou"], "seconds": seconds,
@@ -575,6 +682,7 @@ def train_epoch(
     pets: Pets,
     batch_size: int,
     augmented: bool,
+    dice_weight: float,
     precision: torch.dtype,
     *,
     model: UNet,
@@ -595,7 +703,7 @@ def train_epoch(
             images, masks = augment(images, masks)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(to_input(images, device))  # (N, K, S, S)
-        loss = segmentation_loss(logits.float(), masks.to(device).long())
+        loss = segmentation_loss(logits.float(), masks.to(device).long(), dice_weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -612,6 +720,11 @@ def moving_average(average: Tensor, current: Tensor, updates: Tensor | int) -> T
     """Return the exponential moving average of the weights: decay 0.99, less at first so that it forgets the start."""
     decay = min(0.99, (1 + int(updates)) / (10 + int(updates)))
     return torch.lerp(average, current, 1 - decay) if average.is_floating_point() else current
+
+
+def latest(average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+    """Return the current weights instead of an average."""
+    return current
 
 
 def save_checkpoint(path: Path, state: dict, recipe: dict, history: list[dict]) -> None:
@@ -681,8 +794,9 @@ def predict(
 
 
 def evaluate(model: UNet, pets: Pets, *, flip: bool = False, precision: torch.dtype = torch.float32) -> Tensor:
-    """Return the confusion matrix (K, K) of the model on all pixels of `pets`."""
-    return confusion_matrix(predict(model, pets.images, flip=flip, precision=precision)[0], pets.masks)
+    """Return the confusion matrix (K, K) of the model on all pixels of the masks of `pets`."""
+    predicted, _ = predict(model, pets.images, size=pets.masks.shape[1:], flip=flip, precision=precision)
+    return confusion_matrix(predicted, pets.masks)
 
 
 # --------------------------------------------------------------------------------------------------- scores
@@ -908,6 +1022,23 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -
     with draft.open("wb") as file:
         write(file)
     os.replace(draft, path)
+
+
+def save_weights(path: Path, model: UNet) -> None:
+    """Write the model's weights in float16, which halves the file and changes hardly a label."""
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    halved = {name: t.half() if t.is_floating_point() else t for name, t in weights.items()}
+    write_atomically(path, lambda file: torch.save(halved, file))
+
+
+def load_weights(path: Path, model: UNet) -> None:
+    """Load what `save_weights` wrote into a model of the same architecture. Errors: `InputError`."""
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise InputError(f"there are no weights {path}: give the folder of a run that has them.") from None
+    except Exception:  # torch.load has a dozen ways to fail on a damaged file, most of them in many lines
+        raise InputError(f"{path} is damaged, or holds the weights of another architecture: train again.") from None
 
 
 def save_run(folder: Path, metrics: dict, history: list[dict]) -> None:

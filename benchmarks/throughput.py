@@ -1,0 +1,162 @@
+"""How fast is a training step, and how does its cost grow? `make bench` runs this, in some four minutes on two cores.
+
+All is measured in this one process, so that ratios mean something on any machine: the step against a plain loop and
+against the machine's own matrix product, and the share of an epoch that is no step. Then the cost by side, width,
+batch and number of images. Prints it, and writes benchmarks/throughput.json and figures/cost.png.
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import petseg_utils as pets  # noqa: E402
+
+DEVICE = pets.pick_device()
+PRECISION = pets.pick_precision("auto", DEVICE)
+SIDE, BATCH, WIDTH, DEPTH = 128, 16, 32, 5  # of the headline figures
+EXPECTED = {"side": 2, "width": 2, "batch": 1, "images": 1}  # slopes of log cost by log size
+
+
+def seconds_of(work: Callable[[], object], repeats: int = 3) -> float:
+    """Return the least time of several calls: what disturbs a measurement only ever adds to it."""
+    times = []
+    for _ in range(repeats + 1):  # the first one warms up
+        start = perf_counter()
+        work()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(perf_counter() - start)
+    return min(times[1:])
+
+
+def random_pets(count: int, side: int) -> pets.Pets:
+    """Return images of noise: what they show makes no difference to the time."""
+    images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+    return pets.Pets([f"noise_{i}" for i in range(count)], images, torch.randint(3, (count, side, side)).byte())
+
+
+def plain_step(side: int, batch: int, width: int) -> Callable[[], None]:
+    """Return the step as one writes it first: float32, default layout, default optimiser, nothing in place."""
+    model = pets.UNet(width, DEPTH).to(DEVICE).train()
+    for module in model.modules():
+        if isinstance(module, nn.LeakyReLU):
+            module.inplace = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = random_pets(batch, side)
+
+    def step() -> None:
+        logits = model(pets.to_input(data.images, DEVICE))
+        loss = pets.segmentation_loss(logits, data.masks.to(DEVICE).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def epoch(side: int, batch: int, width: int, images: int, augmented: bool) -> Callable[[], float]:
+    """Return an epoch of `pets.train_epoch`, set up as `pets.train` does."""
+    model = pets.UNet(width, DEPTH).to(DEVICE)
+    state = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6)
+    data = random_pets(images, side)
+    bar = tqdm(disable=True)
+    return lambda: pets.train_epoch(data, batch, augmented, 0.5, PRECISION, **state, bar=bar)
+
+
+def matrix_product(precision: torch.dtype, size: int = 2048) -> float:
+    """Return the FLOP/s of a product of two square matrices."""
+    a, b = (torch.randn(size, size, device=DEVICE).to(precision) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b)
+
+
+def headline() -> dict:
+    """Measure the step, at the size of the headline figures."""
+    plain = seconds_of(plain_step(SIDE, BATCH, WIDTH))  # before malloc is told to keep memory
+    pets.keep_freed_memory()
+    step = seconds_of(epoch(SIDE, BATCH, WIDTH, BATCH, augmented=False))
+    whole = seconds_of(epoch(SIDE, BATCH, WIDTH, BATCH, augmented=True))
+    forward = sum(s.flops for s in pets.predict_shapes(pets.UNet(WIDTH, DEPTH), SIDE))
+    flops = 3 * forward * BATCH / step  # the backward pass takes twice the forward pass's
+    products = {str(p).removeprefix("torch."): matrix_product(p) for p in (torch.float32, torch.bfloat16)}
+    return {
+        "side": SIDE,
+        "batch": BATCH,
+        "base_channels": WIDTH,
+        "precision": str(PRECISION).removeprefix("torch."),
+        "plain_images_per_second": BATCH / plain,
+        "step_images_per_second": BATCH / step,
+        "step_against_plain": plain / step,
+        "step_gflops": flops / 1e9,
+        "matrix_product_gflops": {name: value / 1e9 for name, value in products.items()},
+        "step_against_best_product": flops / max(products.values()),
+        "share_of_epoch_not_step": 1 - step / whole,
+    }
+
+
+def growth() -> dict[str, dict]:
+    """Measure seconds by side, width, batch and number of images, the rest being held still."""
+
+    def steps(sizes: list[int], **sized: Callable[[int], int]) -> dict:
+        still = {"side": 64, "batch": 8, "width": 8, "images": 8}
+        seconds = [
+            seconds_of(epoch(**still | {name: of(size) for name, of in sized.items()}, augmented=False))
+            for size in tqdm(sizes, next(iter(sized)), leave=False)
+        ]
+        slope = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)[0]  # the smallest is mostly overhead
+        return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
+
+    return {
+        "side": steps([32, 64, 128, 256], side=int),
+        "width": steps([8, 16, 32, 64], width=int),
+        "batch": steps([4, 8, 16, 32], batch=int, images=int),
+        "images": steps([16, 64, 256, 512], images=int),
+    }
+
+
+def plot_growth(measured: dict[str, dict]) -> plt.Figure:
+    """Plot seconds by size on logarithmic axes, and the slope that is expected, through the largest."""
+    alt = "Seconds of training by side, width, batch and number of images, on logarithmic axes, with expected slopes."
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained", label=alt)
+    for axes, (name, line) in zip(panels, measured.items(), strict=True):
+        sizes, seconds, slope = np.array(line["sizes"]), line["seconds"], EXPECTED[name]
+        axes.loglog(sizes, seconds[-1] * (sizes / sizes[-1]) ** slope, ":", color="grey", label=f"slope {slope}")
+        axes.loglog(sizes, seconds, "o-", color=pets.GREEN, label=f"measured: {line['slope']:.2f}")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set(xlabel=name, ylabel="seconds" if name == "side" else None)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    print(f"measuring on {DEVICE} with {torch.get_num_threads()} threads; keep the machine quiet")
+    result = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result |= {"headline": headline()}
+    for name, value in result["headline"].items():
+        print(f"{name:28} {value}")
+    result |= {"growth": growth()}
+    for name, line in result["growth"].items():
+        print(f"cost by {name:10} slope {line['slope']:.2f}, expected {EXPECTED[name]}")
+    text = f"{json.dumps(result, indent=2)}\n"
+    pets.write_atomically(ROOT / "benchmarks" / "throughput.json", lambda file: file.write(text.encode()))
+    figure = plot_growth(result["growth"])
+    pets.write_atomically(ROOT / "figures" / "cost.png", lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+if __name__ == "__main__":
+    main()
