@@ -4,8 +4,9 @@ NAME ?= first
 ARGS ?=
 BIN := .venv/bin
 NOTEBOOK := notebooks/pet_segmentation.ipynb
+COMPARE := notebooks/compare_runs.ipynb
 
-.PHONY: run test lab outputs
+.PHONY: run compare test lab bench outputs
 
 run: .venv/installed
 	mkdir -p "runs/$(NAME)"
@@ -14,16 +15,26 @@ run: .venv/installed
 		--HTMLExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor  # one line a progress bar
 	@echo "Done: open runs/$(NAME)/notebook.html"
 
+# Put runs side by side: three small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
+compare: .venv/installed
+	mkdir -p runs
+	$(BIN)/papermill --log-output $(COMPARE) runs/compare.ipynb $(ARGS)
+	$(BIN)/jupyter nbconvert --log-level WARN --to html --template classic runs/compare.ipynb
+	@echo "Done: open runs/compare.html"
+
 test: .venv/installed
 	$(BIN)/python -m pytest --nbval
 
 lab: .venv/installed
 	$(BIN)/jupyter lab $(NOTEBOOK)
 
-# Execute the notebook in place, after a change of its cells, to refresh the outputs that nbval compares.
+bench: .venv/installed
+	$(BIN)/python benchmarks/throughput.py
+
+# Execute the notebooks in place, after a change of their cells, to refresh the outputs that nbval compares.
 outputs: .venv/installed
 	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.record_timing=False $(NOTEBOOK)
+		--ExecutePreprocessor.record_timing=False $(NOTEBOOK) $(COMPARE)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
