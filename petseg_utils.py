@@ -70,7 +70,7 @@ PARAMETERS: dict[str, tuple[type, Callable[..., bool], str]] = {
     "NORMS": (int, lambda v: v in (1, 2), "1 or 2"),
     "SKIPS": (bool, lambda v: True, "True or False"),
     "EPOCHS": (int, lambda v: 1 <= v <= 1000, "a whole number from 1 to 1000"),
-    "SMALL_EPOCHS": (int, lambda v: 0 <= v <= 1000, "a whole number from 0 to EPOCHS"),
+    "SMALL_EPOCHS": (int, lambda v: 0 <= v <= 1000, "a whole number from 0, below EPOCHS"),
     "BATCH_SIZE": (int, lambda v: 2 <= v <= 1024, "a whole number from 2 to 1024"),
     "LEARNING_RATE": (float, lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     "ONE_CYCLE": (bool, lambda v: True, "True or False"),
@@ -98,8 +98,9 @@ def check_parameters(given: dict) -> dict:
             raise InputError(f"{name} must be {words}, not {value!r}.")
     check_side(given["IMAGE_SIZE"], given["DEPTH"])
     if given["SMALL_EPOCHS"]:
-        if given["SMALL_EPOCHS"] > given["EPOCHS"]:
-            raise InputError(f"SMALL_EPOCHS {given['SMALL_EPOCHS']} exceed EPOCHS {given['EPOCHS']}: make it less.")
+        if given["SMALL_EPOCHS"] >= given["EPOCHS"]:
+            raise InputError(f"SMALL_EPOCHS must be below EPOCHS, {given['EPOCHS']}, not {given['SMALL_EPOCHS']}: "
+                             "a net is good only at sizes it was trained on.")  # fmt: skip
         check_half(given["IMAGE_SIZE"], given["DEPTH"])
     pick_device(given["DEVICE"])
     if given["PHOTO"]:
@@ -560,7 +561,7 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back to Linux only above this number of bytes
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back to Linux what is free at the end of the heap
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -> Tensor:

@@ -19,6 +19,7 @@ from petseg_utils import (
     breed_of,
     draw_sample_pets,
     find_dataset,
+    half_size,
     hold_out,
     load_pets,
     open_photo,
@@ -170,6 +171,33 @@ def test_masks_never_mix_pet_and_border_into_background(dataset, name):
     Image.new("RGB", (64, 64)).save(image_of(dataset, name))
     Image.fromarray(trimap).save(trimap_of(dataset, name))
     assert load_pets(dataset, [name], 24).masks.unique().tolist() == [0, 2]
+
+
+def test_bilinear_masks_make_the_mistake_and_leave_the_images(dataset, name):
+    trimap = np.ones((64, 64), np.uint8)
+    trimap[:, 20:] = 3  # in the middle of one of 24 columns
+    Image.fromarray(trimap).save(trimap_of(dataset, name))
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(image_of(dataset, name))
+    right, wrong = (load_pets(dataset, [name], 24, mask_resize=how) for how in ("nearest", "bilinear"))
+    assert wrong.masks.unique().tolist() == [0, 1, 2]  # background where there is none
+    assert torch.equal(right.images, wrong.images)
+
+
+def test_masks_can_be_finer_than_their_images(sample):
+    names = read_split(sample, "test")[:3]
+    pets = load_pets(sample, names, 16, mask_side=48)
+    assert torch.equal(pets.images, load_pets(sample, names, 16).images)
+    assert torch.equal(pets.masks, load_pets(sample, names, 48).masks)
+
+
+def test_half_size_is_the_mean_of_what_it_covers():
+    coarse = torch.randint(256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert half_size(coarse).shape == (2, 3, 2, 2)
+    flat = torch.full((1, 3, 8, 8), 77, dtype=torch.uint8)
+    assert torch.equal(half_size(flat), flat[..., :4, :4])
+    stripes = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    stripes[..., ::2] = 255  # picking pixels would give black or white
+    assert half_size(stripes)[..., 1:-1].float().sub(127.5).abs().max() < 15
 
 
 def test_shrunk_images_are_antialiased(dataset, name):

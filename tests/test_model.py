@@ -1,5 +1,7 @@
 """The model section: the U-Net's shapes, parameters, gradients and wiring."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -20,6 +22,38 @@ def test_conv_plus_conv_is_convolution_norm_and_activation_twice():
     assert [layer.in_channels for layer in layers[::3]] == [4, 6]
     assert [layer.num_features for layer in layers[1::3]] == [6, 6]
     assert [layer.negative_slope for layer in layers[2::3]] == [0.2] * 2
+
+
+def test_one_norm_leaves_out_the_second():
+    assert [type(layer) for layer in conv_plus_conv(4, 6, norms=1)][4] is nn.Identity
+    norms = [
+        sum(isinstance(module, nn.BatchNorm2d) for module in UNet(2, 3, norms=norms).modules()) for norms in (1, 2)
+    ]
+    assert norms == [7, 14]  # three blocks down, the bottleneck, three up
+
+
+def test_activation_in_place_changes_no_gradient():
+    torch.manual_seed(0)
+    block = conv_plus_conv(2, 3)
+    copied = deepcopy(block)
+    for layer in copied[2::3]:
+        layer.inplace = False
+    x = torch.randn(2, 2, 6, 6)
+    for one in (block, copied):
+        one(x).square().sum().backward()
+    for ours, theirs in zip(block.parameters(), copied.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_without_skips_only_what_pooling_keeps_has_influence(skips):
+    torch.manual_seed(0)
+    model = UNet(2, 2, skips=skips).eval()
+    kept = []
+    model.downs[0].register_forward_hook(lambda _m, _i, output: (output.retain_grad(), kept.append(output))[1])
+    model(torch.randn(1, 3, 16, 16)).square().sum().backward()
+    used = (kept[0].grad != 0).float().mean().item()
+    assert used > 0.9 if skips else 0 < used <= 0.25  # max pooling passes one of four on
 
 
 @pytest.mark.parametrize("base_channels", [1, 2, 5])

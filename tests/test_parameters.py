@@ -16,11 +16,20 @@ GOOD = {
     "DOWNLOAD": False,
     "LIMIT": 0,
     "IMAGE_SIZE": 64,
+    "SCORE_SIZE": 0,
+    "MASK_RESIZE": "nearest",
     "BASE_CHANNELS": 8,
     "DEPTH": 3,
+    "NORMS": 2,
+    "SKIPS": True,
     "EPOCHS": 4,
+    "SMALL_EPOCHS": 0,
     "BATCH_SIZE": 16,
     "LEARNING_RATE": 0.003,
+    "ONE_CYCLE": True,
+    "WEIGHT_DECAY": 0.01,
+    "DICE_WEIGHT": 0.5,
+    "AVERAGE": True,
     "AUGMENT": True,
     "SEED": 0,
     "DEVICE": "auto",
@@ -35,6 +44,15 @@ BAD = {
     "DOWNLOAD": ["false", "True", 0, 1, None],
     "LIMIT": [-1, 1, 49, 50.0, "50", True],
     "IMAGE_SIZE": [0, -64, 7, 1032, 64.0, "64", None],
+    "SCORE_SIZE": [-1, 7, 1025, 64.0, "0", None],
+    "MASK_RESIZE": ["", "Nearest", "bicubic", None, 0],
+    "NORMS": [0, 3, 2.0, "2", True],
+    "SKIPS": ["false", 0, 1, None],
+    "SMALL_EPOCHS": [-1, 1001, 1.0, "1", False],
+    "ONE_CYCLE": ["false", 0, 1, None],
+    "WEIGHT_DECAY": [-0.1, 1.1, math.nan, "0", True, None],
+    "DICE_WEIGHT": [-0.1, 101, math.nan, math.inf, "0", False, None],
+    "AVERAGE": ["false", 0, 1, None],
     "BASE_CHANNELS": [0, -1, 257, 8.0, "8"],
     "DEPTH": [0, -1, 1, 8, 2.5, "3", True],
     "EPOCHS": [0, -1, 1001, 1.5, "4", True],
@@ -65,6 +83,15 @@ def test_good_parameters_come_back_as_given():
         ("LIMIT", 50),
         ("IMAGE_SIZE", 8),
         ("IMAGE_SIZE", 1024),
+        ("SCORE_SIZE", 8),
+        ("SCORE_SIZE", 1024),
+        ("MASK_RESIZE", "bilinear"),
+        ("NORMS", 1),
+        ("SMALL_EPOCHS", 3),
+        ("WEIGHT_DECAY", 0),
+        ("WEIGHT_DECAY", 1.0),
+        ("DICE_WEIGHT", 0),
+        ("DICE_WEIGHT", 100.0),
         ("BASE_CHANNELS", 1),
         ("BASE_CHANNELS", 256),
         ("DEPTH", 2),
@@ -102,6 +129,19 @@ def test_unknown_parameter_is_told_with_the_known_ones(complains):
 def test_image_size_that_the_depth_does_not_divide_is_told_with_sizes_that_work(complains, side, depth, words):
     with complains(str(side), f"depth {depth}", words):
         check_parameters(GOOD | {"IMAGE_SIZE": side, "DEPTH": depth})
+
+
+@pytest.mark.parametrize("epochs", [4, 5])
+def test_training_on_small_images_alone_is_told(complains, epochs):
+    with complains("SMALL_EPOCHS", "below EPOCHS, 4", f"not {epochs}"):
+        check_parameters(GOOD | {"SMALL_EPOCHS": epochs})
+
+
+def test_image_size_whose_half_the_depth_does_not_divide_is_told_with_one_that_works(complains):
+    assert check_parameters(GOOD | {"IMAGE_SIZE": 72})
+    with complains("36", "not divisible by 8", "IMAGE_SIZE 80"):
+        check_parameters(GOOD | {"IMAGE_SIZE": 72, "SMALL_EPOCHS": 1})
+    assert check_parameters(GOOD | {"IMAGE_SIZE": 80, "SMALL_EPOCHS": 1})
 
 
 def test_photo_that_is_not_there_is_told_with_its_path(tmp_path, complains):

@@ -14,8 +14,12 @@ from petseg_utils import (
     UNet,
     confusion_matrix,
     evaluate,
+    half_size,
+    keep_freed_memory,
+    load_weights,
     moving_average,
     predict,
+    save_weights,
     scores,
     segmentation_loss,
     to_input,
@@ -178,6 +182,97 @@ def test_too_few_images_for_a_batch_are_told(pets, complains):
         train(new_model(), pets, pets, **RECIPE | {"batch_size": 9})
 
 
+# ------------------------------------------------------------------- ingredients
+
+
+def rates(pets, monkeypatch, **recipe) -> list[float]:
+    """Train and return the learning rate of every step."""
+    seen = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(self.param_groups[0]["lr"]), step(self)))
+    train(new_model(), pets, pets, **RECIPE, **recipe)
+    return seen
+
+
+def test_one_cycle_rises_to_the_learning_rate_and_sinks_to_almost_nothing(pets, monkeypatch):
+    seen = rates(pets, monkeypatch)
+    top = seen.index(max(seen))
+    assert len(seen) == 6 and 0 < top < 3
+    assert seen[: top + 1] == sorted(seen[: top + 1]) and seen[top:] == sorted(seen[top:], reverse=True)
+    assert seen[-1] < 0.001 * RECIPE["learning_rate"]
+
+
+def test_without_one_cycle_the_rate_is_constant(pets, monkeypatch):
+    assert rates(pets, monkeypatch, one_cycle=False) == [RECIPE["learning_rate"]] * 6
+
+
+def test_with_everything_switched_off_it_is_the_plainest_loop(pets):
+    """The oracle is PyTorch's Adam, over the same batches, with cross-entropy alone."""
+    plain = {"one_cycle": False, "weight_decay": 0.0, "dice_weight": 0.0, "averaged": False, "augmented": False}
+    trained = new_model()
+    train(trained, pets, pets, **RECIPE, **plain)
+
+    model = new_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE["learning_rate"])
+    for epoch in range(1, 4):
+        torch.manual_seed(RECIPE["seed"] * 100_003 + epoch)
+        for batch in torch.randperm(8).split(3)[:2]:
+            loss = F.cross_entropy(model(pets.images[batch] / 127.5 - 1), pets.masks[batch].long())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, expected in model.named_parameters():
+        if name.endswith("weight"):  # a bias before a BatchNorm has only noise for a gradient, which Adam blows up
+            torch.testing.assert_close(trained.get_parameter(name), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 0.5}, {"dice_weight": 0.0}, {"averaged": False}], ids=str)
+def test_every_ingredient_makes_a_difference(pets, change):
+    models = [new_model(), new_model()]
+    for model, recipe in zip(models, ({}, change), strict=True):
+        train(model, pets, pets, **RECIPE, **recipe)
+    assert not same_weights(*models)
+
+
+def test_small_epochs_train_and_validate_at_half_the_side(pets, monkeypatch):
+    sides = {"train": [], "valid": []}
+    epoch, score = petseg_utils.train_epoch, petseg_utils.evaluate
+    monkeypatch.setattr(petseg_utils, "train_epoch", lambda p, *a, **k: sides["train"].append(p) or epoch(p, *a, **k))
+    monkeypatch.setattr(petseg_utils, "evaluate", lambda m, p, **k: sides["valid"].append(p) or score(m, p, **k))
+    train(new_model(), pets, pets, **RECIPE, small_epochs=2)
+    small, whole = sides["train"][0], sides["train"][2]
+    assert torch.equal(small.images, half_size(pets.images))
+    assert torch.equal(small.masks, pets.masks[:, ::2, ::2])
+    assert [p.images.shape[-1] for p in sides["train"]] == [p.images.shape[-1] for p in sides["valid"]] == [8, 8, 16]
+    assert whole is pets
+    assert all(torch.equal(p.masks, pets.masks) for p in sides["valid"])  # scored at the full side
+
+
+def test_resuming_after_the_small_epochs_equals_uninterrupted(pets, tmp_path, monkeypatch):
+    whole, resumed = new_model(), new_model(seed=99)
+    history = train(whole, pets, pets, **RECIPE, small_epochs=1)
+    epoch, epochs = petseg_utils.train_epoch, iter(range(1))
+
+    def fail_in_the_second(*args, **named):
+        next(epochs)  # StopIteration stands for any crash
+        return epoch(*args, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(petseg_utils, "train_epoch", fail_in_the_second)
+        train(new_model(), pets, pets, **RECIPE, small_epochs=1, checkpoint=tmp_path / "c.pt")
+    continued = train(resumed, pets, pets, **RECIPE, small_epochs=1, checkpoint=tmp_path / "c.pt", resume=True)
+    assert without_seconds(continued) == without_seconds(history)
+    assert same_weights(resumed, whole)
+
+
+def test_keeping_freed_memory_is_harmless_without_glibc(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(petseg_utils.ctypes, "CDLL", missing)
+    keep_freed_memory()
+
+
 # ------------------------------------------------------------------- checkpoints
 
 
@@ -271,6 +366,22 @@ def test_checkpoint_of_another_recipe_is_told(pets, checkpoint, complains, name)
     recipe = RECIPE | {name: RECIPE[name] * 2}
     with complains(checkpoint, f"{name} {RECIPE[name]}, not {recipe[name]}", "RESUME"):
         train(new_model(), pets, pets, **recipe, checkpoint=checkpoint, resume=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"small_epochs": 1}, {"one_cycle": False}, {"weight_decay": 0.0}, {"dice_weight": 0.0}, {"averaged": False}],
+    ids=str,
+)
+def test_checkpoint_of_other_ingredients_is_told(pets, checkpoint, complains, other):
+    (name,) = other
+    with complains(checkpoint, name, f"not {other[name]}", "RESUME"):
+        train(new_model(), pets, pets, **RECIPE, **other, checkpoint=checkpoint, resume=True)
+
+
+def test_checkpoint_of_other_masks_is_told(pets, checkpoint, complains):
+    with complains(checkpoint, "sum of labels", "RESUME"):
+        train(new_model(), pets._replace(masks=2 - pets.masks), pets, **RECIPE, checkpoint=checkpoint, resume=True)
 
 
 def test_checkpoint_of_other_images_is_told(pets, checkpoint, complains):
@@ -384,3 +495,41 @@ def test_evaluation_is_the_confusion_matrix_of_the_prediction(trained, pets):
     expected = confusion_matrix(predict(trained, pets.images, flip=True)[0], pets.masks)
     assert torch.equal(evaluate(trained, pets, flip=True), expected)
     assert expected.sum() == pets.masks.numel()
+
+
+def test_evaluation_brings_logits_to_the_side_of_the_masks(trained, pets):
+    finer = F.interpolate(pets.masks.unsqueeze(1), scale_factor=3)[:, 0]
+    with torch.no_grad():
+        logits = F.interpolate(trained.eval()(pets.images / 127.5 - 1), (48, 48), mode="bilinear")
+    expected = confusion_matrix(logits.argmax(dim=1).byte(), finer)
+    assert (evaluate(trained, pets._replace(masks=finer)) - expected).abs().sum() <= 4  # a tie may fall either way
+
+
+# ------------------------------------------------------------------- weights
+
+
+def test_kept_weights_are_half_as_large_and_predict_nearly_the_same(trained, photos, tmp_path):
+    path = tmp_path / "run" / "weights.pt"
+    save_weights(path, trained)
+    stored = torch.load(path, weights_only=True)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16, torch.int64}
+    again = new_model(base_channels=4, depth=2, seed=7)
+    load_weights(path, again)
+    assert next(again.parameters()).dtype == torch.float32
+    labels, confidences = predict(trained, photos)
+    assert (predict(again, photos)[0] == labels).float().mean() > 0.99
+    torch.testing.assert_close(predict(again, photos)[1], confidences, rtol=0, atol=0.02)
+    save_weights(path, again)  # what was rounded once is not rounded further
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in torch.load(path, weights_only=True).items())
+
+
+def test_missing_damaged_and_foreign_weights_are_told(trained, tmp_path, complains):
+    path = tmp_path / "weights.pt"
+    with complains("no weights", path):
+        load_weights(path, trained)
+    path.write_bytes(b"half")
+    with complains(path, "damaged"):
+        load_weights(path, trained)
+    save_weights(path, new_model())
+    with complains(path, "another architecture"):
+        load_weights(path, trained)
