@@ -15,7 +15,7 @@ run: .venv/installed
 		--HTMLExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor  # one line a progress bar
 	@echo "Done: open runs/$(NAME)/notebook.html"
 
-# Put runs side by side: three small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
+# Put runs side by side: two small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
 compare: .venv/installed
 	mkdir -p runs
 	$(BIN)/papermill --log-output $(COMPARE) runs/compare.ipynb $(ARGS)
