@@ -177,24 +177,28 @@ def test_bilinear_masks_make_the_mistake_and_leave_the_images(dataset, name):
     trimap = np.ones((64, 64), np.uint8)
     trimap[:, 20:] = 3  # in the middle of one of 24 columns
     Image.fromarray(trimap).save(trimap_of(dataset, name))
-    Image.new("RGB", (64, 64), (1, 2, 3)).save(image_of(dataset, name))
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(image_of(dataset, name))
     right, wrong = (load_pets(dataset, [name], 24, mask_resize=how) for how in ("nearest", "bilinear"))
     assert wrong.masks.unique().tolist() == [0, 1, 2]  # background where there is none
     assert torch.equal(right.images, wrong.images)
 
 
-def test_masks_can_be_finer_than_their_images(sample):
+@pytest.mark.parametrize("mask_resize", ["nearest", "bilinear"])
+def test_masks_can_be_finer_than_their_images(sample, mask_resize):
     names = read_split(sample, "test")[:3]
-    pets = load_pets(sample, names, 16, mask_side=48)
+    pets = load_pets(sample, names, 16, mask_side=48, mask_resize=mask_resize)
     assert torch.equal(pets.images, load_pets(sample, names, 16).images)
-    assert torch.equal(pets.masks, load_pets(sample, names, 48).masks)
+    assert torch.equal(pets.masks, load_pets(sample, names, 48, mask_resize=mask_resize).masks)
 
 
-def test_half_size_is_the_mean_of_what_it_covers():
-    coarse = torch.randint(256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert half_size(coarse).shape == (2, 3, 2, 2)
-    flat = torch.full((1, 3, 8, 8), 77, dtype=torch.uint8)
-    assert torch.equal(half_size(flat), flat[..., :4, :4])
+def test_half_size_is_what_pillow_makes_and_antialiased():
+    images = torch.randint(256, (2, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    halves = half_size(images)
+    assert (halves.shape, halves.dtype) == ((2, 3, 6, 6), torch.uint8)
+    for image, half in zip(images, halves, strict=True):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((6, 6), Image.Resampling.BILINEAR)
+        assert (half.int() - torch.from_numpy(np.array(picture)).permute(2, 0, 1).int()).abs().max() <= 1
     stripes = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     stripes[..., ::2] = 255  # picking pixels would give black or white
     assert half_size(stripes)[..., 1:-1].float().sub(127.5).abs().max() < 15

@@ -32,17 +32,22 @@ def test_one_norm_leaves_out_the_second():
     assert norms == [7, 14]  # three blocks down, the bottleneck, three up
 
 
-def test_activation_in_place_changes_no_gradient():
+@pytest.mark.parametrize("norms", [1, 2])
+def test_activation_in_place_changes_no_output_and_no_gradient(norms):
     torch.manual_seed(0)
-    block = conv_plus_conv(2, 3)
+    block = conv_plus_conv(2, 3, norms)
     copied = deepcopy(block)
     for layer in copied[2::3]:
         layer.inplace = False
-    x = torch.randn(2, 2, 6, 6)
-    for one in (block, copied):
-        one(x).square().sum().backward()
-    for ours, theirs in zip(block.parameters(), copied.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+    ours, theirs = (torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    given = ours.clone()
+    outputs = [one(x.requires_grad_()) for one, x in ((block, ours), (copied, theirs))]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    assert torch.equal(ours, given)
+    for mine, yours in zip((ours, *block.parameters()), (theirs, *copied.parameters()), strict=True):
+        torch.testing.assert_close(mine.grad, yours.grad)
 
 
 @pytest.mark.parametrize("skips", [True, False])
@@ -50,10 +55,12 @@ def test_without_skips_only_what_pooling_keeps_has_influence(skips):
     torch.manual_seed(0)
     model = UNet(2, 2, skips=skips).eval()
     kept = []
-    model.downs[0].register_forward_hook(lambda _m, _i, output: (output.retain_grad(), kept.append(output))[1])
+    for down in model.downs:
+        down.register_forward_hook(lambda _m, _i, output: (output.retain_grad(), kept.append(output))[1])
     model(torch.randn(1, 3, 16, 16)).square().sum().backward()
-    used = (kept[0].grad != 0).float().mean().item()
-    assert used > 0.9 if skips else 0 < used <= 0.25  # max pooling passes one of four on
+    for output in kept:
+        used = (output.grad != 0).float().mean().item()
+        assert used > 0.9 if skips else 0 < used <= 0.25  # max pooling passes one of four on
 
 
 @pytest.mark.parametrize("base_channels", [1, 2, 5])

@@ -61,6 +61,18 @@ def test_parameters_of_every_step_and_in_all_are_the_models(base_channels, depth
     assert sum(step.parameters for step in steps) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize(("switches", "fewer"), [({"norms": 1}, 2 * (3 + 6 + 6 + 3 + 3)), ({"skips": False}, 0)])
+def test_switched_off_parts_are_predicted_too(switches, fewer):
+    model = UNet(3, 2, **switches)
+    steps = analyse_shapes(model, 20)
+    assert all(step.agrees for step in steps)
+    for step in steps:
+        part = part_of(model, step.name)
+        assert step.parameters == (sum(p.numel() for p in part.parameters()) if part else 0), step.name
+    of_the_whole = sum(step.parameters for step in predict_shapes(UNet(3, 2), 20))
+    assert of_the_whole - sum(step.parameters for step in steps) == fewer  # a scale and a shift by channel and block
+
+
 @pytest.mark.parametrize(("base_channels", "depth", "side"), SIZES)
 def test_flops_are_those_of_pytorchs_own_counter(base_channels, depth, side):
     model = UNet(base_channels, depth).eval()
