@@ -556,7 +556,7 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep what is freed; other systems' allocators are left as they are.
 
     Every training step needs the same large tensors again. By default their memory goes back to Linux after each
-    use and returns as new pages of zeros, which slows the step down on the CPU; `make bench` measures how much.
+    use and returns as new pages of zeros, which slows the step down on the CPU.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

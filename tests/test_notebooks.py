@@ -220,13 +220,14 @@ def test_comparison_shows_the_runs_it_is_given_sorted_by_score(tmp_path):
     runs = pets.ROOT / "benchmarks" / "ablations"
     done = papermill(output, notebook=COMPARE, RUNS="benchmarks/ablations/*", MAKE_RUNS=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    (table,) = re.findall(r"<table>.*</table>", output.read_text())
+    shown = [one for cell in nbformat.read(output, as_version=4).cells for one in cell.get("outputs", [])]
+    (table,) = [one.data["text/html"] for one in shown if "text/html" in one.get("data", {})]
     accuracy = {path.parent.name: json.loads(path.read_text())["test"] for path in runs.glob("*/metrics.json")}
     ranking = sorted(accuracy, key=lambda name: accuracy[name]["pixel_accuracy"], reverse=True)
     assert len(ranking) > 3
     assert re.findall(r"<tr><td>(\w+)", table) == ranking
     header = re.findall(r"<th>(\w+)</th>", table)
-    assert {"SKIPS", "SEED", "DEPTH"} <= set(header) and not {"DATASET", "RUN_NAME", "DEVICE"} & set(header)
+    assert {"SKIPS", "SEED", "AUGMENT"} <= set(header) and not {"DATASET", "RUN_NAME", "DEVICE"} & set(header)
 
 
 def test_comparison_of_nothing_is_told_in_one_sentence(tmp_path):
