@@ -13,12 +13,18 @@ sys.path.insert(0, str(ROOT))
 import petseg_utils as pets  # noqa: E402
 
 
+def load_model(run: Path, given: dict) -> pets.UNet:
+    """Return the net of a run, whose parameters are `given`, with its weights."""
+    model = pets.UNet(given["BASE_CHANNELS"], given["DEPTH"], norms=given["NORMS"], skips=given["SKIPS"])
+    pets.load_weights(run / "weights.pt", model)
+    return model
+
+
 def main(data_dir: str, run: Path = ROOT / "notebooks" / "oxford_run") -> None:
     """Load the run's weights, predict the test split and print both scores."""
     metrics = json.loads((Path(run) / "metrics.json").read_text())
     given = metrics["parameters"]
-    model = pets.UNet(given["BASE_CHANNELS"], given["DEPTH"], norms=given["NORMS"], skips=given["SKIPS"])
-    pets.load_weights(Path(run) / "weights.pt", model)
+    model = load_model(Path(run), given)
     device = pets.pick_device()
     folder = pets.find_dataset(data_dir)
     names = pets.read_split(folder, "test", given["LIMIT"])

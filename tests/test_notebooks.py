@@ -21,6 +21,11 @@ CODE = {stem: [cell for cell in cells if cell.cell_type == "code"] for stem, cel
 NARRATIVE = CODE[NOTEBOOK.stem]
 (PARAMETERS_CELL,) = [cell for cell in NARRATIVE if "parameters" in cell.metadata.get("tags", [])]
 EACH = pytest.mark.parametrize("stem", CELLS)
+# How much there must be of what a test looks at, lest it pass for want of anything to look at.
+FEWEST = {
+    NOTEBOOK.stem: {"sections": 10, "shows": 31, "figures": 10},
+    COMPARE.stem: {"sections": 7, "shows": 5, "figures": 3},
+}
 TINY = {"IMAGE_SIZE": 32, "BASE_CHANNELS": 4, "DEPTH": 2, "EPOCHS": 1, "LIMIT": 60, "BATCH_SIZE": 8}
 
 
@@ -69,7 +74,7 @@ def test_one_h1_and_no_skipped_level(stem):
 def test_contents_name_every_section(stem):
     links = re.findall(r"\]\(#([^)]+)\)", CELLS[stem][0].source)
     assert links == [title.replace(" ", "-") for level, title in headings(stem) if level == 2]
-    assert len(links) >= 7
+    assert len(links) >= FEWEST[stem]["sections"]
 
 
 @EACH
@@ -97,7 +102,7 @@ def test_every_code_cell_was_executed_in_order(stem):
 def test_cells_that_show_something_have_outputs(stem):
     """A notebook without stored outputs would pass nbval, and say nothing."""
     shows = [cell for cell in CODE[stem] if re.search(r"^(print|show|display|HTML)\(", cell.source, re.MULTILINE)]
-    assert len(shows) >= 5
+    assert len(shows) >= FEWEST[stem]["shows"]
     assert all(cell.outputs for cell in shows)
 
 
@@ -138,7 +143,7 @@ def test_figures_have_alt_text_and_the_same_caption(stem):
             assert len(alt) > 20
             assert cell.outputs[number + 1].data["text/markdown"] == f"*{alt}*"
             figures += 1
-    assert figures >= 3
+    assert figures >= FEWEST[stem]["figures"]
 
 
 @EACH

@@ -17,6 +17,7 @@ README = (pets.ROOT / "README.md").read_text()
 sys.path.append(str(pets.ROOT / "benchmarks"))
 
 import ablations  # noqa: E402
+import score  # noqa: E402
 
 
 def sources(cells: list) -> list[str]:
@@ -28,10 +29,7 @@ def tags(cell: dict) -> list[str]:
 
 
 def kept_model() -> pets.UNet:
-    given = METRICS["parameters"]
-    model = pets.UNet(given["BASE_CHANNELS"], given["DEPTH"], norms=given["NORMS"], skips=given["SKIPS"])
-    pets.load_weights(FOLDER / "weights.pt", model)
-    return model
+    return score.load_model(FOLDER, METRICS["parameters"])
 
 
 def test_kept_notebook_has_the_cells_of_the_narrative():
