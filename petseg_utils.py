@@ -650,11 +650,12 @@ def train(
         "one_cycle": one_cycle, "weight_decay": weight_decay, "dice_weight": dice_weight, "averaged": averaged,
         "augmented": augmented, "seed": seed, "images": list(train_pets.images.shape),
         "sum of labels": int(train_pets.masks.sum()),  # tells other images, and other masks, of the same shape
+        "validation masks": list(valid_pets.masks.shape),
     }  # fmt: skip
     if checkpoint and checkpoint.exists() and not resume:
         os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))  # it may have taken hours
     history = load_checkpoint(checkpoint, state, recipe) if resume else []
-    if small_epochs:
+    if len(history) < small_epochs:
         masks = train_pets.masks[:, ::2, ::2]  # by nearest; validation masks keep the side that scores are for
         small_train = Pets(train_pets.names, half_size(train_pets.images), masks)
         small_valid = valid_pets._replace(images=half_size(valid_pets.images))
@@ -1026,10 +1027,16 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -
 
 
 def save_weights(path: Path, model: UNet) -> None:
-    """Write the model's weights in float16, which halves the file and changes hardly a label."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    halved = {name: t.half() if t.is_floating_point() else t for name, t in weights.items()}
-    write_atomically(path, lambda file: torch.save(halved, file))
+    """Write the model's weights in float16, which halves the file and changes hardly a label.
+
+    Whole numbers stay as they are, and so does what float16 can't hold: a BatchNorm's variance may be above 65,504.
+    """
+
+    def halved(tensor: Tensor) -> Tensor:
+        return tensor.half() if tensor.is_floating_point() and tensor.half().isfinite().all() else tensor
+
+    weights = {name: halved(tensor.cpu()) for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda file: torch.save(weights, file))
 
 
 def load_weights(path: Path, model: UNet) -> None:

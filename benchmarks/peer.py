@@ -1,6 +1,7 @@
 """Train a well-known library's U-Net beside ours: same images, same steps, same recipe, same scores.
 
-    python benchmarks/peer.py FOLDER   FOLDER holds oxford-iiit-pet; needs benchmarks/requirements.txt
+    python benchmarks/peer.py FOLDER   trains both; FOLDER holds oxford-iiit-pet; needs benchmarks/requirements.txt
+    python benchmarks/peer.py          prints the table of the README from the result that is kept
 
 The peer is segmentation_models_pytorch's Unet with a ResNet-18 encoder, which has about as many parameters as ours,
 without pretrained weights. Both train as the ablations do, at 32 base channels. Prints both results and writes
@@ -9,9 +10,10 @@ benchmarks/peer.json.
 
 import json
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import segmentation_models_pytorch as smp
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +23,7 @@ import ablations  # noqa: E402
 
 import petseg_utils as pets  # noqa: E402
 
+RESULT = ROOT / "benchmarks" / "peer.json"
 RECIPE = {"epochs": ablations.BASE["EPOCHS"], "batch_size": 16, "learning_rate": 2e-3}  # the notebook's defaults
 
 
@@ -41,6 +44,8 @@ def new_model(name: str) -> torch.nn.Module:
     """Return an untrained net: 'ours' or 'peer'."""
     if name == "ours":
         return pets.UNet(base_channels=32, depth=5)
+    import segmentation_models_pytorch as smp  # here, so that the table can be printed without it
+
     model = smp.Unet("resnet18", encoder_weights=None, classes=len(pets.CLASSES))
     # What `pets.train` notes in a checkpoint's recipe; a peer has none of it.
     model.base_channels = model.depth = model.norms = model.skips = None
@@ -66,15 +71,36 @@ def compare(data_dir: str) -> dict:
         print(
             f"{name}: {results[name]['test']['pixel_accuracy']:.2%}, {results[name]['images_per_second']:.0f} images/s"
         )
-    return {"recipe": RECIPE, "smp": smp.__version__, "torch": torch.__version__, **results}
+    return {"recipe": RECIPE, "smp": version("segmentation-models-pytorch"), "torch": torch.__version__, **results}
+
+
+def table() -> str:
+    """Return the kept result as Markdown."""
+    kept = json.loads(RESULT.read_text())
+    names = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's Unet, ResNet-18"}
+    lines = ["| net | parameters | pixel accuracy | mean IoU | images a second |", "|---|---|---|---|---|"]
+    for name, label in names.items():
+        test = kept[name]["test"]
+        cells = [label, f"{kept[name]['parameters']:,}", f"{ablations.cut(100 * test['pixel_accuracy'], 2)} %"]
+        cells += [ablations.cut(test["mean_iou"], 3), ablations.cut(kept[name]["images_per_second"], 1)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the command line asks for."""
+    if arguments:
+        if not find_spec("segmentation_models_pytorch"):
+            sys.exit("the peer is not installed: run pip install -r benchmarks/requirements.txt.")
+        text = f"{json.dumps(compare(arguments[0]), indent=2)}\n"
+        pets.write_atomically(RESULT, lambda file: file.write(text.encode()))
+    print(table())
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) > 2:
         sys.exit(__doc__)
     try:
-        result = compare(sys.argv[1])
+        main(sys.argv[1:])
     except pets.InputError as error:
         sys.exit(str(error))
-    text = f"{json.dumps(result, indent=2)}\n"
-    pets.write_atomically(ROOT / "benchmarks" / "peer.json", lambda file: file.write(text.encode()))

@@ -22,14 +22,18 @@ def load_model(run: Path, given: dict) -> pets.UNet:
 
 def main(data_dir: str, run: Path = ROOT / "notebooks" / "oxford_run") -> None:
     """Load the run's weights, predict the test split and print both scores."""
-    metrics = json.loads((Path(run) / "metrics.json").read_text())
+    try:
+        metrics = json.loads((Path(run) / "metrics.json").read_text())
+    except (OSError, ValueError):
+        raise pets.InputError(f"there is no readable metrics.json in {run}: name the folder of a run.") from None
     given = metrics["parameters"]
     model = load_model(Path(run), given)
     device = pets.pick_device()
+    precision = pets.pick_precision(given["PRECISION"], device)
     folder = pets.find_dataset(data_dir)
     names = pets.read_split(folder, "test", given["LIMIT"])
     test = pets.load_pets(folder, names, given["IMAGE_SIZE"], "test images", mask_side=given["SCORE_SIZE"])
-    again = pets.scores(pets.evaluate(model.to(device), test, precision=pets.pick_precision("auto", device)))
+    again = pets.scores(pets.evaluate(model.to(device), test, precision=precision))
     for name in ("pixel_accuracy", "mean_iou"):
         print(f"{name}: {again[name]:.6f} now, {metrics['test'][name]:.6f} then, on {len(names)} test images")
 

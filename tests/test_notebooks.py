@@ -235,10 +235,17 @@ def test_comparison_shows_the_runs_it_is_given_sorted_by_score(tmp_path):
     assert {"SKIPS", "SEED", "AUGMENT"} <= set(header) and not {"DATASET", "RUN_NAME", "DEVICE"} & set(header)
 
 
-def test_comparison_of_nothing_is_told_in_one_sentence(tmp_path):
-    done = papermill(tmp_path / "notebook.ipynb", notebook=COMPARE, RUNS="runs/nowhere", MAKE_RUNS=False)
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"RUNS": "runs/nowhere"}, "no folder of 'runs/nowhere'"),
+        ({"RUN": "runs/*"}, "there is no parameter RUN: the parameters are RUNS and MAKE_RUNS."),
+    ],
+)
+def test_comparison_ends_a_mistake_in_one_sentence(tmp_path, parameters, sentence):
+    done = papermill(tmp_path / "notebook.ipynb", notebook=COMPARE, **parameters, MAKE_RUNS=False)
     assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith("InputError: no folder of 'runs/nowhere'")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"InputError: {sentence}")
 
 
 # ------------------------------------------------------------------------------------------------- nbval

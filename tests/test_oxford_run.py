@@ -17,7 +17,9 @@ README = (pets.ROOT / "README.md").read_text()
 sys.path.append(str(pets.ROOT / "benchmarks"))
 
 import ablations  # noqa: E402
+import peer  # noqa: E402
 import score  # noqa: E402
+import throughput  # noqa: E402
 
 
 def sources(cells: list) -> list[str]:
@@ -69,8 +71,10 @@ def test_readme_quotes_the_kept_run():
     assert f"| {' | '.join(row)} |" in README
 
 
-def test_readme_quotes_the_ablations():
-    assert ablations.table() in README
+def test_readme_quotes_the_benchmarks():
+    measured = json.loads((pets.ROOT / "benchmarks" / "throughput.json").read_text())
+    for table in (ablations.table(), peer.table(), throughput.table(measured["headline"])):
+        assert table in README
 
 
 def test_kept_weights_are_small_and_fit_the_reference_net():

@@ -412,6 +412,12 @@ def test_checkpoint_of_other_masks_is_told(pets, checkpoint, complains):
         train(new_model(), pets._replace(masks=2 - pets.masks), pets, **RECIPE, checkpoint=checkpoint, resume=True)
 
 
+def test_checkpoint_of_other_validation_masks_is_told(pets, checkpoint, complains):
+    finer = pets._replace(masks=pets.masks.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    with complains(checkpoint, "validation masks", "RESUME"):
+        train(new_model(), pets, finer, **RECIPE, checkpoint=checkpoint, resume=True)
+
+
 def test_checkpoint_of_other_images_is_told(pets, checkpoint, complains):
     fewer = Pets(pets.names[:6], pets.images[:6], pets.masks[:6])
     with complains(checkpoint, "images", "RESUME"):
@@ -568,6 +574,15 @@ def test_kept_weights_take_two_bytes_each(tmp_path):
     save_weights(tmp_path / "weights.pt", model)
     number = sum(parameter.numel() for parameter in model.parameters())
     assert 2 <= (tmp_path / "weights.pt").stat().st_size / number < 2.2
+
+
+def test_kept_weights_too_large_for_float16_stay_as_they_are(tmp_path):
+    model, again = new_model(), new_model(seed=1)
+    variance = next(name for name in model.state_dict() if name.endswith("running_var"))
+    model.state_dict()[variance].fill_(1e6)
+    save_weights(tmp_path / "weights.pt", model)
+    load_weights(tmp_path / "weights.pt", again)
+    assert (again.state_dict()[variance] == 1e6).all()
 
 
 def test_loading_weights_runs_no_code(tmp_path, complains):
