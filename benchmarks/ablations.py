@@ -66,18 +66,33 @@ def cut(value: float, digits: int) -> str:
     return f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}"
 
 
+def read_kept() -> dict[str, dict]:
+    """Return the kept runs' metrics by name."""
+    paths = {name: RESULTS / name / "metrics.json" for name in CHANGES}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def gain(kept: dict[str, dict], name: str) -> float:
+    """Return the gain of a run in percentage points of accuracy, against the base with the same seed."""
+    base = "base_seed_1" if name.endswith("_seed_1") and name != "base_seed_1" else "base"
+    return 100 * (kept[name]["test"]["pixel_accuracy"] - kept[base]["test"]["pixel_accuracy"])
+
+
+def spread() -> str:
+    """Return by how many points the gain of one change differs between two seeds, at most; rounded up."""
+    kept = read_kept()
+    seeds = [name for name in kept if f"{name}_seed_1" in kept]
+    return f"{math.ceil(100 * max(abs(gain(kept, name) - gain(kept, f'{name}_seed_1')) for name in seeds)) / 100:.2f}"
+
+
 def table() -> str:
     """Return the kept results as Markdown; gains are percentage points against the base of the same seed."""
-    kept = {
-        name: json.loads(path.read_text()) for name in CHANGES if (path := RESULTS / name / "metrics.json").exists()
-    }
+    kept = read_kept()
     lines = ["| changed | pixel accuracy | gain | mean IoU | IoU border | GFLOP |", "|---|---|---|---|---|---|"]
     for name, metrics in kept.items():
         test = metrics["test"]
-        base = kept["base_seed_1" if name.endswith("_seed_1") and name != "base_seed_1" else "base"]["test"]
-        cells = [CHANGES[name][0], f"{cut(100 * test['pixel_accuracy'], 2)} %"]
-        cells += [f"{100 * (test['pixel_accuracy'] - base['pixel_accuracy']):+.2f}", cut(test["mean_iou"], 3)]
-        cells += [cut(test["iou"]["border"], 3), f"{metrics['model']['flops'] / 1e9:.2f}"]
+        cells = [CHANGES[name][0], f"{cut(100 * test['pixel_accuracy'], 2)} %", f"{gain(kept, name):+.2f}"]
+        cells += [cut(test["mean_iou"], 3), cut(test["iou"]["border"], 3), f"{metrics['model']['flops'] / 1e9:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -75,6 +75,7 @@ def test_readme_quotes_the_benchmarks():
     measured = json.loads((pets.ROOT / "benchmarks" / "throughput.json").read_text())
     for table in (ablations.table(), peer.table(), throughput.table(measured["headline"])):
         assert table in README
+    assert f"the same change gains up to {ablations.spread()} points more or less" in README
 
 
 def test_kept_weights_are_small_and_fit_the_reference_net():
