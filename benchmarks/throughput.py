@@ -1,4 +1,4 @@
-"""How fast is a training step, and how does its cost grow? `make bench` runs this, in some three minutes on two cores.
+"""How fast is a training step, and how does its cost grow? `make bench` runs this, in some four minutes on two cores.
 
 All is measured in this one process, so that ratios mean something on any machine: the step against a plain loop and
 against the machine's own matrix product, and the share of the training loop that is no step. Then the cost by side,
