@@ -239,7 +239,7 @@ def test_comparison_shows_the_runs_it_is_given_sorted_by_score(tmp_path):
     ("parameters", "sentence"),
     [
         ({"RUNS": "runs/nowhere"}, "no folder of 'runs/nowhere'"),
-        ({"RUN": "runs/*"}, "there is no parameter RUN: the parameters are RUNS and MAKE_RUNS."),
+        ({"RUN": "runs/*"}, "there is no parameter RUN: set RUNS or MAKE_RUNS."),
     ],
 )
 def test_comparison_ends_a_mistake_in_one_sentence(tmp_path, parameters, sentence):
