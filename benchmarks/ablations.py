@@ -11,9 +11,14 @@ import math
 import os
 import subprocess
 import sys
+from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import petseg_utils as pets  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "ablations"
 # Small enough for two CPU cores: 800 images of each split, always the same; SEED draws which tenth validates.
 BASE = {
@@ -50,20 +55,21 @@ CHANGES: dict[str, tuple[str, dict]] = {
 }
 
 
-def run(name: str, data_dir: str) -> None:
-    """Run the notebook with the change called `name`."""
+def run(name: str, data_dir: Path) -> None:
+    """Run the notebook with the change called `name`. Errors: `InputError` if the run fails."""
     folder = ROOT / "runs" / f"ablation_{name}"
     folder.mkdir(parents=True, exist_ok=True)
     parameters = BASE | CHANGES[name][1] | {"DATA_DIR": os.path.relpath(data_dir, ROOT)}
     options = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
     command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "pet_segmentation.ipynb"]
     command += [folder / "notebook.ipynb", "-r", "RUN_NAME", folder.name, *options]
-    subprocess.run(command, cwd=ROOT, check=True)
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise pets.InputError(f"the run {name} failed: see above, or the last cell of {folder / 'notebook.ipynb'}.")
 
 
 def cut(value: float, digits: int) -> str:
-    """Return a number with so many digits, never rounded up."""
-    return f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}"
+    """Return a number with so many digits after the point, cut and not rounded, for rounding might flatter."""
+    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
 
 
 def read_kept() -> dict[str, dict]:
@@ -105,12 +111,14 @@ def main(arguments: list[str]) -> None:
     data_dir, *names = arguments
     unknown = set(names) - set(CHANGES)
     if unknown:
-        sys.exit(f"there is no run {', '.join(sorted(unknown))}: name some of {', '.join(CHANGES)}.")
-    if not (Path(data_dir) / "oxford-iiit-pet").is_dir():
-        sys.exit(f"there is no dataset at {Path(data_dir) / 'oxford-iiit-pet'}: name the folder that holds it.")
+        raise pets.InputError(f"there is no run {', '.join(sorted(unknown))}: name some of {', '.join(CHANGES)}.")
+    folder = pets.find_dataset(data_dir).parent
     for name in names or CHANGES:
-        run(name, data_dir)
+        run(name, folder)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except pets.InputError as error:
+        sys.exit(str(error))

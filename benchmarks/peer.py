@@ -5,14 +5,14 @@
 
 The peer is segmentation_models_pytorch's Unet with a ResNet-18 encoder, which has about as many parameters as ours,
 without pretrained weights. Both train as the ablations do, at 32 base channels. Prints both results and writes
-benchmarks/peer.json.
+runs/bench/peer.json; what the README quotes is kept in benchmarks/.
 """
 
+import importlib
 import json
 import sys
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -23,7 +23,7 @@ import ablations  # noqa: E402
 
 import petseg_utils as pets  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "peer.json"
+KEPT = ROOT / "benchmarks" / "peer.json"
 RECIPE = {"epochs": ablations.BASE["EPOCHS"], "batch_size": 16, "learning_rate": 2e-3}  # the notebook's defaults
 
 
@@ -40,20 +40,27 @@ def load(data_dir: str) -> tuple[pets.Pets, pets.Pets, pets.Pets]:
     )
 
 
-def new_model(name: str) -> torch.nn.Module:
-    """Return an untrained net: 'ours' or 'peer'."""
+def new_model(name: str, smp: ModuleType) -> torch.nn.Module:
+    """Return an untrained net: 'ours', or the 'peer' of the package `smp`."""
     if name == "ours":
         return pets.UNet(base_channels=32, depth=5)
-    import segmentation_models_pytorch as smp  # here, so that the table can be printed without it
-
     model = smp.Unet("resnet18", encoder_weights=None, classes=len(pets.CLASSES))
     # What `pets.train` notes in a checkpoint's recipe; a peer has none of it.
     model.base_channels = model.depth = model.norms = model.skips = None
     return model
 
 
+def import_peer() -> ModuleType:
+    """Return the peer's package, which only a comparison needs. Errors: `InputError` if it is not installed."""
+    try:
+        return importlib.import_module("segmentation_models_pytorch")
+    except ImportError:
+        raise pets.InputError("the peer is not installed: run pip install -r benchmarks/requirements.txt.") from None
+
+
 def compare(data_dir: str) -> dict:
     """Train and score both nets."""
+    smp = import_peer()  # before the long work
     train_pets, valid_pets, test_pets = load(data_dir)
     device = pets.pick_device()
     precision = pets.pick_precision("auto", device)
@@ -61,7 +68,7 @@ def compare(data_dir: str) -> dict:
     results = {}
     for name in ("ours", "peer"):
         torch.manual_seed(0)
-        model = new_model(name).to(device)
+        model = new_model(name, smp).to(device)
         history = pets.train(model, train_pets, valid_pets, **RECIPE, precision=precision)
         results[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -71,12 +78,12 @@ def compare(data_dir: str) -> dict:
         print(
             f"{name}: {results[name]['test']['pixel_accuracy']:.2%}, {results[name]['images_per_second']:.0f} images/s"
         )
-    return {"recipe": RECIPE, "smp": version("segmentation-models-pytorch"), "torch": torch.__version__, **results}
+    versions = {"smp": smp.__version__, "torch": torch.__version__}
+    return {"recipe": RECIPE, **versions, "threads": torch.get_num_threads(), **results}
 
 
-def table() -> str:
-    """Return the kept result as Markdown."""
-    kept = json.loads(RESULT.read_text())
+def table(kept: dict) -> str:
+    """Return a comparison's result as Markdown."""
     names = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's Unet, ResNet-18"}
     lines = ["| net | parameters | pixel accuracy | mean IoU | images a second |", "|---|---|---|---|---|"]
     for name, label in names.items():
@@ -89,12 +96,13 @@ def table() -> str:
 
 def main(arguments: list[str]) -> None:
     """Do what the command line asks for."""
-    if arguments:
-        if not find_spec("segmentation_models_pytorch"):
-            sys.exit("the peer is not installed: run pip install -r benchmarks/requirements.txt.")
-        text = f"{json.dumps(compare(arguments[0]), indent=2)}\n"
-        pets.write_atomically(RESULT, lambda file: file.write(text.encode()))
-    print(table())
+    if not arguments:
+        print(table(json.loads(KEPT.read_text())))
+        return
+    result = compare(arguments[0])
+    text = f"{json.dumps(result, indent=2)}\n"
+    pets.write_atomically(ROOT / "runs" / "bench" / "peer.json", lambda file: file.write(text.encode()))
+    print(table(result))
 
 
 if __name__ == "__main__":

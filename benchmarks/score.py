@@ -13,6 +13,21 @@ sys.path.insert(0, str(ROOT))
 import petseg_utils as pets  # noqa: E402
 
 
+def read_metrics(run: Path) -> dict:
+    """Return a run's metrics. Errors: `InputError` if they are missing or of another dataset."""
+    try:
+        metrics = json.loads((run / "metrics.json").read_text())
+        given = metrics["parameters"]
+        missing = pets.PARAMETERS.keys() - given.keys()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise pets.InputError(f"there is no readable metrics.json in {run}: name the folder of a run.") from None
+    if missing:
+        raise pets.InputError(f"{run} is of an older version, without {', '.join(sorted(missing))}: run it again.")
+    if given["DATASET"] != "oxford":
+        raise pets.InputError(f"{run} is not of the real dataset: name a run with DATASET oxford.")
+    return metrics
+
+
 def load_model(run: Path, given: dict) -> pets.UNet:
     """Return the net of a run, whose parameters are `given`, with its weights."""
     model = pets.UNet(given["BASE_CHANNELS"], given["DEPTH"], norms=given["NORMS"], skips=given["SKIPS"])
@@ -20,14 +35,11 @@ def load_model(run: Path, given: dict) -> pets.UNet:
     return model
 
 
-def main(data_dir: str, run: Path = ROOT / "notebooks" / "oxford_run") -> None:
+def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
     """Load the run's weights, predict the test split and print both scores."""
-    try:
-        metrics = json.loads((Path(run) / "metrics.json").read_text())
-    except (OSError, ValueError):
-        raise pets.InputError(f"there is no readable metrics.json in {run}: name the folder of a run.") from None
+    metrics = read_metrics(pets.locate(run))
     given = metrics["parameters"]
-    model = load_model(Path(run), given)
+    model = load_model(pets.locate(run), given)
     device = pets.pick_device()
     precision = pets.pick_precision(given["PRECISION"], device)
     folder = pets.find_dataset(data_dir)

@@ -1,6 +1,6 @@
-"""How fast is a training step, and how does its cost grow? `make bench` runs this, in some four minutes on two cores.
+"""How fast is a training step, and how does its cost grow? `make bench` runs this, in some five minutes on two cores.
 
-All is measured in this one process, so that ratios mean something on any machine: the step against a plain loop and
+All is measured in this one process, so that ratios mean something on any machine: the step against a plain one and
 against the machine's own matrix product, and the share of the training loop that is no step. Then the cost by side,
 width, batch and number of images. Prints it, and writes throughput.json and cost.png into runs/bench; what the README
 quotes is kept in benchmarks/ and figures/.
@@ -28,20 +28,30 @@ import petseg_utils as pets  # noqa: E402
 
 DEVICE = pets.pick_device()
 PRECISION = pets.pick_precision("auto", DEVICE)
-SIDE, BATCH, WIDTH, DEPTH = 128, 16, 32, 5  # of the headline figures
+SIDE, BATCH, WIDTH, DEPTH, STEPS = 128, 16, 32, 5, 2  # of the headline figures
 EXPECTED = {"side": 2, "width": 2, "batch": 1, "images": 1}  # slopes of log cost by log size
+LABELS = {
+    "side": "side of the images, pixels",
+    "width": "base channels",
+    "batch": "images in the one batch",
+    "images": "images, in batches of 8",
+}
 
 
-def seconds_of(work: Callable[[], object], repeats: int = 3) -> float:
-    """Return the least time of several calls: what disturbs a measurement only ever adds to it."""
-    times = []
-    for _ in range(repeats + 1):  # the first one warms up
-        start = perf_counter()
-        work()
-        if DEVICE.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(perf_counter() - start)
-    return min(times[1:])
+def least_seconds(what: str, *works: Callable[[], object], rounds: int = 5) -> list[float]:
+    """Return the least time of several calls of each of `works`: what disturbs a measurement only ever adds to it.
+
+    They take turns, so that a slow minute of the machine falls on all of them.
+    """
+    times = np.empty((rounds + 1, len(works)))  # seconds; the first round warms up
+    for turn in tqdm(range(rounds + 1), what, leave=False):
+        for i, work in enumerate(works):
+            start = perf_counter()
+            work()
+            if DEVICE.type != "cpu":
+                torch.accelerator.synchronize()
+            times[turn, i] = perf_counter() - start
+    return times[1:].min(axis=0).tolist()
 
 
 def random_pets(count: int, side: int) -> pets.Pets:
@@ -56,18 +66,31 @@ def plain_step(side: int, batch: int, width: int) -> Callable[[], None]:
     for module in model.modules():
         if isinstance(module, nn.LeakyReLU):
             module.inplace = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    data = random_pets(batch, side)
+    return step_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.float32, random_pets(batch, side))
 
-    def step() -> None:
-        logits = model(pets.to_input(data.images, DEVICE))
-        loss = pets.segmentation_loss(logits, data.masks.to(DEVICE).long())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
 
-    return step
+def fast_step(side: int, batch: int, width: int) -> Callable[[], None]:
+    """Return the project's own step."""
+    model = pets.UNet(width, DEPTH).to(DEVICE).train()
+    optimizer = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6)["optimizer"]
+    return step_of(model, optimizer, PRECISION, random_pets(batch, side))
+
+
+def step_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, precision: torch.dtype, data: pets.Pets
+) -> Callable[[], None]:
+    """Return `STEPS` training steps on one batch that is ready: no data, no augmentation, no average, no schedule."""
+    images, masks = pets.to_input(data.images, DEVICE), data.masks.to(DEVICE).long()
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            with torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32):
+                logits = model(images)
+            optimizer.zero_grad()
+            pets.segmentation_loss(logits.float(), masks).backward()
+            optimizer.step()
+
+    return steps
 
 
 def epoch(side: int, batch: int, width: int, images: int, augmented: bool) -> Callable[[], float]:
@@ -79,103 +102,70 @@ def epoch(side: int, batch: int, width: int, images: int, augmented: bool) -> Ca
     return lambda: pets.train_epoch(data, batch, augmented, 0.5, PRECISION, **state, bar=bar)
 
 
-def bookkeeping(side: int, batch: int, width: int) -> Callable[[], None]:
-    """Return what the training loop does for a batch beside the step: picks and augments images, averages weights."""
-    state = pets.new_training_state(pets.UNet(width, DEPTH).to(DEVICE), PRECISION, learning_rate=1e-3, total_steps=1)
-    data = random_pets(4 * batch, side)
-
-    def work() -> None:
-        chosen = torch.randperm(len(data.names))[:batch]
-        images, masks = pets.augment(data.images[chosen], data.masks[chosen])
-        pets.to_input(images, DEVICE), masks.to(DEVICE).long()
-        state["average"].update_parameters(state["model"])
-
-    return work
-
-
 def matrix_product(precision: torch.dtype, size: int = 1024) -> float:
     """Return the FLOP/s of a product of two square matrices."""
     a, b = (torch.randn(size, size, device=DEVICE).to(precision) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: a @ b)
-
-
-def bare_step(side: int, batch: int, width: int) -> Callable[[], None]:
-    """Return the fast step alone, on one batch that is ready: no data, no augmentation, no average, no schedule."""
-    model = pets.UNet(width, DEPTH).to(DEVICE).train()
-    optimizer = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6)["optimizer"]
-    data = random_pets(batch, side)
-    images, masks = pets.to_input(data.images, DEVICE), data.masks.to(DEVICE).long()
-
-    def step() -> None:
-        with torch.autocast(DEVICE.type, PRECISION, enabled=torch.bfloat16 == PRECISION):
-            logits = model(images)
-        optimizer.zero_grad()
-        pets.segmentation_loss(logits.float(), masks).backward()
-        optimizer.step()
-
-    return step
+    return 2 * size**3 / least_seconds("matrix product", lambda: a @ b)[0]
 
 
 def headline() -> dict:
-    """Measure the step, at the size of the headline figures."""
-    plain = seconds_of(plain_step(SIDE, BATCH, WIDTH))  # before malloc is told to keep memory
-    before = seconds_of(bare_step(SIDE, BATCH, WIDTH))
+    """Measure the step and the loop, at the size of the headline figures, all over the same number of steps."""
+    size = (SIDE, BATCH, WIDTH)
+    plain, before = least_seconds("plain step", plain_step(*size), fast_step(*size))
     pets.keep_freed_memory()
-    step = seconds_of(bare_step(SIDE, BATCH, WIDTH), repeats=5)
-    beside = seconds_of(bookkeeping(SIDE, BATCH, WIDTH), repeats=5)
-    loop = seconds_of(epoch(SIDE, BATCH, WIDTH, 4 * BATCH, augmented=True)) / 4
+    step, loop = least_seconds("fast step", fast_step(*size), epoch(*size, STEPS * BATCH, augmented=True))
+    images = STEPS * BATCH
     forward = sum(s.flops for s in pets.predict_shapes(pets.UNet(WIDTH, DEPTH), SIDE))
-    flops = 3 * forward * BATCH / step  # the backward pass takes twice the forward pass's
+    flops = 3 * forward * images / step  # the backward pass takes twice the forward pass's
     products = {str(p).removeprefix("torch."): matrix_product(p) for p in (torch.float32, torch.bfloat16)}
     return {
         "side": SIDE,
         "batch": BATCH,
         "base_channels": WIDTH,
         "precision": str(PRECISION).removeprefix("torch."),
-        "plain_images_per_second": BATCH / plain,
-        "step_images_per_second": BATCH / step,
-        "loop_images_per_second": BATCH / loop,
+        "plain_images_per_second": images / plain,
+        "step_images_per_second": images / step,
+        "loop_images_per_second": images / loop,
         "step_against_plain": plain / step,
-        "step_against_step_without_kept_memory": before / step,
+        "step_against_memory_not_kept": before / step,
         "step_gflops": flops / 1e9,
         "matrix_product_gflops": {name: value / 1e9 for name, value in products.items()},
         "step_against_best_product": flops / max(products.values()),
-        "share_of_training_loop_not_step": beside / (beside + step),
+        "share_of_training_loop_not_step": 1 - step / loop,
     }
 
 
 def growth() -> dict[str, dict]:
     """Measure seconds by side, width, batch and number of images, the rest being held still."""
 
-    def steps(sizes: list[int], *names: str) -> dict:
+    def grow(sizes: list[int], *names: str) -> dict:
         """Let what `names` names grow along `sizes`."""
         still = {"side": 64, "batch": 8, "width": 32, "images": 8}
-        seconds = [
-            seconds_of(epoch(**still | dict.fromkeys(names, size), augmented=False))
-            for size in tqdm(sizes, names[0], leave=False)
-        ]
+        epochs = [epoch(**still | dict.fromkeys(names, size), augmented=False) for size in sizes]
+        seconds = least_seconds(f"cost by {names[0]}", *epochs)
         slope = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)[0]  # the smallest is mostly overhead
         return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
 
     return {
-        "side": steps([32, 64, 128, 256], "side"),
-        "width": steps([8, 16, 32, 64], "width"),
-        "batch": steps([4, 8, 16, 32], "batch", "images"),  # one step each
-        "images": steps([16, 32, 64, 128], "images"),
+        "side": grow([32, 64, 128, 256], "side"),
+        "width": grow([8, 16, 32, 64], "width"),
+        "batch": grow([4, 8, 16, 32], "batch", "images"),  # one step each
+        "images": grow([8, 16, 32, 64], "images"),
     }
 
 
 def plot_growth(measured: dict[str, dict]) -> plt.Figure:
     """Plot seconds by size on logarithmic axes, and the slope that is expected, through the largest."""
     alt = "Seconds of training by side, width, batch and number of images, on logarithmic axes, with expected slopes."
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained", label=alt)
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained", label=alt)
     for axes, (name, line) in zip(panels, measured.items(), strict=True):
         sizes, seconds, slope = np.array(line["sizes"]), line["seconds"], EXPECTED[name]
-        axes.loglog(sizes, seconds[-1] * (sizes / sizes[-1]) ** slope, ":", color="grey", label=f"slope {slope}")
-        axes.loglog(sizes, seconds, "o-", color=pets.GREEN, label=f"fit without the first: {line['slope']:.2f}")
+        expected = seconds[-1] * (sizes / sizes[-1]) ** slope
+        axes.loglog(sizes, expected, ":", color="grey", label=f"expected, slope {slope}")
+        axes.loglog(sizes, seconds, "o-", color=pets.GREEN, label=f"measured, slope {line['slope']:.1f}")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        axes.set(xlabel=name, ylabel="seconds" if name == "side" else None)
+        axes.set(xlabel=LABELS[name], ylabel="seconds" if name == "side" else None)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
@@ -185,10 +175,10 @@ def table(measured: dict) -> str:
     """Return the headline figures as Markdown, none rounded in our favour."""
     products = measured["matrix_product_gflops"]
     rows = {
-        "plain loop, images a second": cut(measured["plain_images_per_second"], 2),
+        "plain step, images a second": cut(measured["plain_images_per_second"], 2),
         "this project's step, images a second": cut(measured["step_images_per_second"], 2),
-        "the step against the plain loop": f"{cut(measured['step_against_plain'], 2)} times as fast",
-        "of which malloc's keeping of memory": f"{cut(measured['step_against_step_without_kept_memory'], 2)} times",
+        "the step against the plain one": f"{cut(measured['step_against_plain'], 2)} times as fast",
+        "the step against itself, freed memory not kept": f"{cut(measured['step_against_memory_not_kept'], 2)} times",
         "the step, GFLOP/s": cut(measured["step_gflops"], 0),
         **{f"matrix product in {name}, GFLOP/s": f"{value:.3g}" for name, value in products.items()},
         "the step against the faster product": f"{cut(100 * measured['step_against_best_product'], 0)} %",
@@ -205,7 +195,7 @@ def main() -> None:
     print(table(result["headline"]))
     result |= {"growth": growth()}
     for name, line in result["growth"].items():
-        print(f"cost by {name:10} slope {line['slope']:.2f}, expected {EXPECTED[name]}")
+        print(f"cost by {name:10} slope {line['slope']:.1f}, expected {EXPECTED[name]}")
     text = f"{json.dumps(result, indent=2)}\n"
     pets.write_atomically(ROOT / "runs" / "bench" / "throughput.json", lambda file: file.write(text.encode()))
     figure = plot_growth(result["growth"])
@@ -215,4 +205,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     main()

@@ -1,5 +1,6 @@
 """The run on the real dataset that is kept: it is this notebook's, it is whole, and the README quotes it."""
 
+import csv
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ import petseg_utils as pets
 
 FOLDER = pets.ROOT / "notebooks" / "oxford_run"
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
+HISTORY = list(csv.DictReader((FOLDER / "history.csv").read_text().splitlines()))
 CELLS = nbformat.read(FOLDER / "notebook.ipynb", as_version=4).cells
 README = (pets.ROOT / "README.md").read_text()
 sys.path.append(str(pets.ROOT / "benchmarks"))
@@ -72,10 +74,47 @@ def test_readme_quotes_the_kept_run():
 
 
 def test_readme_quotes_the_benchmarks():
-    measured = json.loads((pets.ROOT / "benchmarks" / "throughput.json").read_text())
-    for table in (ablations.table(), peer.table(), throughput.table(measured["headline"])):
+    measured, beside = (
+        json.loads((pets.ROOT / "benchmarks" / f"{name}.json").read_text()) for name in ("throughput", "peer")
+    )
+    for table in (ablations.table(), peer.table(beside), throughput.table(measured["headline"])):
         assert table in README
-    assert f"the same change gains up to {ablations.spread()} points more or less" in README
+    assert f"the gains differ by up to {ablations.spread()} points" in README
+
+
+def test_readme_tells_how_the_kept_run_went():
+    seconds = [float(row["seconds"]) for row in HISTORY]
+    reached = next(i for i, row in enumerate(HISTORY, 1) if float(row["valid_pixel_accuracy"]) >= 0.881)
+    for words in (
+        f"{METRICS['dataset']['train']:,} images were trained on",
+        f"{METRICS['dataset']['valid']} of the trainval split",
+        f"{sum(seconds) / 60:.0f} minutes on two cores",
+        f"88.1 % after {reached} of the epochs and {sum(seconds[:reached]) / 60:.0f} minutes",
+    ):
+        assert words in " ".join(README.split())
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "words"), [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")]
+)
+def test_cut_never_rounds_up(value, digits, words):
+    assert ablations.cut(value, digits) == words
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"DATASET": "sample"}, "not of the real dataset"), ({"SKIPS": ...}, "older version, without SKIPS")],
+)
+def test_scoring_another_kind_of_run_ends_in_a_sentence(change, words, tmp_path):
+    given = {name: value for name, value in (METRICS["parameters"] | change).items() if value is not ...}
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS | {"parameters": given}))
+    with pytest.raises(pets.InputError, match=words):
+        score.read_metrics(tmp_path)
+
+
+def test_scoring_no_run_ends_in_a_sentence(tmp_path):
+    with pytest.raises(pets.InputError, match=r"no readable metrics\.json"):
+        score.read_metrics(tmp_path)
 
 
 def test_kept_weights_are_small_and_fit_the_reference_net():
