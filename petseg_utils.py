@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
+from decimal import ROUND_FLOOR, Decimal
 from itertools import cycle, repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -72,12 +73,14 @@ PARAMETERS: dict[str, tuple[type, Callable[..., bool], str]] = {
     "EPOCHS": (int, lambda v: 1 <= v <= 1000, "a whole number from 1 to 1000"),
     "SMALL_EPOCHS": (int, lambda v: 0 <= v <= 1000, "a whole number from 0, below EPOCHS"),
     "BATCH_SIZE": (int, lambda v: 2 <= v <= 1024, "a whole number from 2 to 1024"),
+    "MUON": (bool, lambda v: True, "True or False"),
     "LEARNING_RATE": (float, lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     "ONE_CYCLE": (bool, lambda v: True, "True or False"),
     "WEIGHT_DECAY": (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     "DICE_WEIGHT": (float, lambda v: 0 <= v <= 100, "a number from 0 to 100"),
     "AVERAGE": (bool, lambda v: True, "True or False"),
     "AUGMENT": (bool, lambda v: True, "True or False"),
+    "FLIP": (bool, lambda v: True, "True or False"),
     "SEED": (int, lambda v: 0 <= v < 2**31, "a whole number from 0 to 2147483647"),
     "DEVICE": (str, lambda v: v in ("auto", "cpu", "cuda", "mps"), "'auto', 'cpu', 'cuda' or 'mps'"),
     "PRECISION": (str, lambda v: v in ("auto", "float32", "bfloat16"), "'auto', 'float32' or 'bfloat16'"),
@@ -587,12 +590,58 @@ def count_steps(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are orthogonalised: as far in every direction, also where gradients are small.
+
+    As Jordan and others published it in 2024, with Nesterov's momentum, and steps as long as AdamW's usual ones. A
+    parameter (out, ...) counts as a matrix with `out` rows, a vector as one row. PyTorch's own Muon takes matrices
+    only and computes in bfloat16, which most CPUs just emulate.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Take one step against the gradients. `closure` is there for PyTorch's sake and not used."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                average = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["momentum"])
+                direction = parameter.grad.lerp(average, group["momentum"])
+                matrix = orthogonalize(direction.flatten(1) if direction.ndim > 1 else direction[None])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(matrix.view_as(parameter), alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Keep the singular vectors of a matrix (R, C), but bring all but its tiniest singular values to 0.7 to 1.2.
+
+    Five Newton-Schulz iterations X <- a X + b (X X') X + c (X X')^2 X, with Jordan's coefficients. All factors are
+    polynomials in the small X X', so they are multiplied first, and the large X once, at the end.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T
+    matrix = matrix / (matrix.norm() + 1e-7)  # now no singular value is above 1
+    gram = matrix @ matrix.T  # X X', (R, R)
+    identity = torch.eye(len(gram), device=gram.device)
+    product = identity
+    for _ in range(5):
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ matrix
+
+
 def new_training_state(
     model: UNet,
     precision: torch.dtype,
     *,
     learning_rate: float,
     total_steps: int,
+    muon: bool = True,
     one_cycle: bool = True,
     weight_decay: float = 0.01,
     averaged: bool = True,
@@ -600,7 +649,8 @@ def new_training_state(
     """Return all that changes during a training: the model, its average, the optimiser and the schedule, by name."""
     # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster without on AVX2.
     model.to(memory_format=torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    parameters = {"params": model.parameters(), "lr": learning_rate, "weight_decay": weight_decay}
+    optimizer = Muon(**parameters) if muon else torch.optim.AdamW(**parameters, fused=True)
     if one_cycle:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps)
     else:
@@ -617,6 +667,7 @@ def train(
     epochs: int,
     batch_size: int,
     learning_rate: float,
+    muon: bool = True,
     small_epochs: int = 0,
     one_cycle: bool = True,
     weight_decay: float = 0.01,
@@ -630,25 +681,26 @@ def train(
 ) -> list[dict]:
     """Train `model` in place, on its device, and return the history: one dict per epoch.
 
-    Ingredients: AdamW (without weight decay it is Adam); a learning rate that follows one cycle with its peak at
-    `learning_rate` (Smith 2018), or is constant; the first `small_epochs` at half the images' side (progressive
-    resizing); a moving average of the weights, which is what gets validated and is in `model` at the end. After
-    every epoch the state goes to `checkpoint`; `resume` goes on from there, exactly as if never interrupted. Errors:
-    `InputError` for too few images for a batch, and for a checkpoint that is missing or belongs to another
-    architecture or recipe.
+    Ingredients: Muon, or AdamW (without weight decay it is Adam); a learning rate that follows one cycle with its
+    peak at `learning_rate` (Smith 2018), or is constant; the first `small_epochs` at half the images' side
+    (progressive resizing); a moving average of the weights, which is what gets validated and is in `model` at the
+    end. After every epoch the state goes to `checkpoint`; `resume` goes on from there, exactly as if never
+    interrupted. Errors: `InputError` for too few images for a batch, and for a checkpoint that is missing or belongs
+    to another architecture or recipe.
     """
     steps = count_steps(len(train_pets.names), batch_size)  # per epoch
     keep_freed_memory()
     state = new_training_state(
-        model, precision, learning_rate=learning_rate, total_steps=epochs * steps, one_cycle=one_cycle,
-        weight_decay=weight_decay, averaged=averaged,
+        model, precision, learning_rate=learning_rate, total_steps=epochs * steps, muon=muon,
+        one_cycle=one_cycle, weight_decay=weight_decay, averaged=averaged,
     )  # fmt: skip
     average = state["average"]
     recipe = {
         "base_channels": model.base_channels, "depth": model.depth, "norms": model.norms, "skips": model.skips,
-        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "small_epochs": small_epochs,
-        "one_cycle": one_cycle, "weight_decay": weight_decay, "dice_weight": dice_weight, "averaged": averaged,
-        "augmented": augmented, "seed": seed, "images": list(train_pets.images.shape),
+        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "muon": muon,
+        "small_epochs": small_epochs, "one_cycle": one_cycle, "weight_decay": weight_decay,
+        "dice_weight": dice_weight, "averaged": averaged, "augmented": augmented, "seed": seed,
+        "images": list(train_pets.images.shape),
         "sum of labels": int(train_pets.masks.sum()),  # tells other images, and other masks, of the same shape
         "validation masks": list(valid_pets.masks.shape),
     }  # fmt: skip
@@ -833,6 +885,11 @@ def scores(matrix: Tensor) -> dict:
         "dice": dict(zip(CLASSES, dice, strict=True)),
         "confusion_matrix": matrix.tolist(),
     }
+
+
+def cut(value: float, digits: int) -> str:
+    """Return a number with so many digits after the point, cut and not rounded, for rounding might flatter."""
+    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
 
 
 # --------------------------------------------------------------------------------------------------- plots
@@ -1049,11 +1106,16 @@ def load_weights(path: Path, model: UNet) -> None:
         raise InputError(f"{path} is damaged, or holds the weights of another architecture: train again.") from None
 
 
+def write_json(path: Path, data: dict) -> None:
+    """Write `data` for people and programs to read."""
+    write_atomically(path, lambda file: file.write(f"{json.dumps(data, indent=2)}\n".encode()))
+
+
 def save_run(folder: Path, metrics: dict, history: list[dict]) -> None:
     """Write `metrics.json` and `history.csv` into a run's folder."""
     table = io.StringIO()
     writer = csv.DictWriter(table, history[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write_atomically(folder / "metrics.json", lambda file: file.write(f"{json.dumps(metrics, indent=2)}\n".encode()))
+    write_json(folder / "metrics.json", metrics)
     write_atomically(folder / "history.csv", lambda file: file.write(table.getvalue().encode()))

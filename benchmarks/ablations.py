@@ -11,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +27,8 @@ BASE = {
     "SCORE_SIZE": 256,
     "BASE_CHANNELS": 16,
     "EPOCHS": 5,
+    "MUON": False,
+    "LEARNING_RATE": 2e-3,
 }
 REFERENCE = {"ONE_CYCLE": False, "LEARNING_RATE": 1e-3, "WEIGHT_DECAY": 0.0, "DICE_WEIGHT": 0.0, "AVERAGE": False}
 # name: (what is different, in words, and as parameters)
@@ -67,11 +68,6 @@ def run(name: str, data_dir: Path) -> None:
         raise pets.InputError(f"the run {name} failed: see above, or the last cell of {folder / 'notebook.ipynb'}.")
 
 
-def cut(value: float, digits: int) -> str:
-    """Return a number with so many digits after the point, cut and not rounded, for rounding might flatter."""
-    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
-
-
 def read_kept() -> dict[str, dict]:
     """Return the kept runs' metrics by name."""
     paths = {name: RESULTS / name / "metrics.json" for name in CHANGES}
@@ -97,8 +93,9 @@ def table() -> str:
     lines = ["| changed | pixel accuracy | gain | mean IoU | IoU border | GFLOP |", "|---|---|---|---|---|---|"]
     for name, metrics in kept.items():
         test = metrics["test"]
-        cells = [CHANGES[name][0], f"{cut(100 * test['pixel_accuracy'], 2)} %", f"{gain(kept, name):+.2f}"]
-        cells += [cut(test["mean_iou"], 3), cut(test["iou"]["border"], 3), f"{metrics['model']['flops'] / 1e9:.2f}"]
+        cells = [CHANGES[name][0], f"{pets.cut(100 * test['pixel_accuracy'], 2)} %", f"{gain(kept, name):+.2f}"]
+        cells += [pets.cut(score, 3) for score in (test["mean_iou"], test["iou"]["border"])]
+        cells += [f"{metrics['model']['flops'] / 1e9:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ import ablations  # noqa: E402
 import petseg_utils as pets  # noqa: E402
 
 KEPT = ROOT / "benchmarks" / "peer.json"
-RECIPE = {"epochs": ablations.BASE["EPOCHS"], "batch_size": 16, "learning_rate": 2e-3}  # the notebook's defaults
+RECIPE = {"epochs": ablations.BASE["EPOCHS"], "batch_size": 16, "learning_rate": 2e-3, "muon": False}
 
 
 def load(data_dir: str) -> tuple[pets.Pets, pets.Pets, pets.Pets]:
@@ -88,8 +88,8 @@ def table(kept: dict) -> str:
     lines = ["| net | parameters | pixel accuracy | mean IoU | images a second |", "|---|---|---|---|---|"]
     for name, label in names.items():
         test = kept[name]["test"]
-        cells = [label, f"{kept[name]['parameters']:,}", f"{ablations.cut(100 * test['pixel_accuracy'], 2)} %"]
-        cells += [ablations.cut(test["mean_iou"], 3), ablations.cut(kept[name]["images_per_second"], 1)]
+        cells = [label, f"{kept[name]['parameters']:,}", f"{pets.cut(100 * test['pixel_accuracy'], 2)} %"]
+        cells += [pets.cut(test["mean_iou"], 3), pets.cut(kept[name]["images_per_second"], 1)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -100,8 +100,7 @@ def main(arguments: list[str]) -> None:
         print(table(json.loads(KEPT.read_text())))
         return
     result = compare(arguments[0])
-    text = f"{json.dumps(result, indent=2)}\n"
-    pets.write_atomically(ROOT / "runs" / "bench" / "peer.json", lambda file: file.write(text.encode()))
+    pets.write_json(ROOT / "runs" / "bench" / "peer.json", result)
     print(table(result))
 
 

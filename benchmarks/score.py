@@ -45,7 +45,7 @@ def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
     folder = pets.find_dataset(data_dir)
     names = pets.read_split(folder, "test", given["LIMIT"])
     test = pets.load_pets(folder, names, given["IMAGE_SIZE"], "test images", mask_side=given["SCORE_SIZE"])
-    again = pets.scores(pets.evaluate(model.to(device), test, precision=precision))
+    again = pets.scores(pets.evaluate(model.to(device), test, flip=given["FLIP"], precision=precision))
     for name in ("pixel_accuracy", "mean_iou"):
         print(f"{name}: {again[name]:.6f} now, {metrics['test'][name]:.6f} then, on {len(names)} test images")
 

@@ -6,7 +6,6 @@ width, batch and number of images. Prints it, and writes throughput.json and cos
 quotes is kept in benchmarks/ and figures/.
 """
 
-import json
 import platform
 import sys
 from collections.abc import Callable
@@ -21,8 +20,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from ablations import cut  # noqa: E402
 
 import petseg_utils as pets  # noqa: E402
 
@@ -69,11 +66,11 @@ def plain_step(side: int, batch: int, width: int) -> Callable[[], None]:
     return step_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.float32, random_pets(batch, side))
 
 
-def fast_step(side: int, batch: int, width: int) -> Callable[[], None]:
-    """Return the project's own step."""
+def fast_step(side: int, batch: int, width: int, muon: bool = False) -> Callable[[], None]:
+    """Return the project's own step, with AdamW like the plain one, or with Muon."""
     model = pets.UNet(width, DEPTH).to(DEVICE).train()
-    optimizer = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6)["optimizer"]
-    return step_of(model, optimizer, PRECISION, random_pets(batch, side))
+    state = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6, muon=muon)
+    return step_of(model, state["optimizer"], PRECISION, random_pets(batch, side))
 
 
 def step_of(
@@ -94,9 +91,9 @@ def step_of(
 
 
 def epoch(side: int, batch: int, width: int, images: int, augmented: bool) -> Callable[[], float]:
-    """Return an epoch of `pets.train_epoch`, set up as `pets.train` does."""
+    """Return an epoch of `pets.train_epoch`, set up as `pets.train` does, with AdamW like the steps."""
     model = pets.UNet(width, DEPTH).to(DEVICE)
-    state = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6)
+    state = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6, muon=False)
     data = random_pets(images, side)
     bar = tqdm(disable=True)
     return lambda: pets.train_epoch(data, batch, augmented, 0.5, PRECISION, **state, bar=bar)
@@ -113,7 +110,8 @@ def headline() -> dict:
     size = (SIDE, BATCH, WIDTH)
     plain, before = least_seconds("plain step", plain_step(*size), fast_step(*size))
     pets.keep_freed_memory()
-    step, loop = least_seconds("fast step", fast_step(*size), epoch(*size, STEPS * BATCH, augmented=True))
+    loop = epoch(*size, STEPS * BATCH, augmented=True)
+    step, with_muon, loop = least_seconds("fast step", fast_step(*size), fast_step(*size, muon=True), loop)
     images = STEPS * BATCH
     forward = sum(s.flops for s in pets.predict_shapes(pets.UNet(WIDTH, DEPTH), SIDE))
     flops = 3 * forward * images / step  # the backward pass takes twice the forward pass's
@@ -125,6 +123,7 @@ def headline() -> dict:
         "precision": str(PRECISION).removeprefix("torch."),
         "plain_images_per_second": images / plain,
         "step_images_per_second": images / step,
+        "muon_step_images_per_second": images / with_muon,
         "loop_images_per_second": images / loop,
         "step_against_plain": plain / step,
         "step_against_memory_not_kept": before / step,
@@ -173,15 +172,16 @@ def plot_growth(measured: dict[str, dict]) -> plt.Figure:
 
 def table(measured: dict) -> str:
     """Return the headline figures as Markdown, none rounded in our favour."""
-    products = measured["matrix_product_gflops"]
+    products, kept = measured["matrix_product_gflops"], measured["step_against_memory_not_kept"]
     rows = {
-        "plain step, images a second": cut(measured["plain_images_per_second"], 2),
-        "this project's step, images a second": cut(measured["step_images_per_second"], 2),
-        "the step against the plain one": f"{cut(measured['step_against_plain'], 2)} times as fast",
-        "the step against itself, freed memory not kept": f"{cut(measured['step_against_memory_not_kept'], 2)} times",
-        "the step, GFLOP/s": cut(measured["step_gflops"], 0),
+        "plain step, images a second": pets.cut(measured["plain_images_per_second"], 2),
+        "this project's step, images a second": pets.cut(measured["step_images_per_second"], 2),
+        "the step with Muon, images a second": pets.cut(measured["muon_step_images_per_second"], 2),
+        "the step against the plain one": f"{pets.cut(measured['step_against_plain'], 2)} times as fast",
+        "the step against itself, freed memory not kept": f"{pets.cut(kept, 2)} times",
+        "the step, GFLOP/s": pets.cut(measured["step_gflops"], 0),
         **{f"matrix product in {name}, GFLOP/s": f"{value:.3g}" for name, value in products.items()},
-        "the step against the faster product": f"{cut(100 * measured['step_against_best_product'], 0)} %",
+        "the step against the faster product": f"{pets.cut(100 * measured['step_against_best_product'], 0)} %",
         "share of the training loop that is no step": f"{100 * measured['share_of_training_loop_not_step']:.1f} %",
     }
     return "\n".join(["| measured | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -196,8 +196,7 @@ def main() -> None:
     result |= {"growth": growth()}
     for name, line in result["growth"].items():
         print(f"cost by {name:10} slope {line['slope']:.1f}, expected {EXPECTED[name]}")
-    text = f"{json.dumps(result, indent=2)}\n"
-    pets.write_atomically(ROOT / "runs" / "bench" / "throughput.json", lambda file: file.write(text.encode()))
+    pets.write_json(ROOT / "runs" / "bench" / "throughput.json", result)
     figure = plot_growth(result["growth"])
     pets.write_atomically(
         ROOT / "runs" / "bench" / "cost.png", lambda file: figure.savefig(file, format="png", dpi=120)

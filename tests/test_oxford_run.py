@@ -15,6 +15,7 @@ FOLDER = pets.ROOT / "notebooks" / "oxford_run"
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
 HISTORY = list(csv.DictReader((FOLDER / "history.csv").read_text().splitlines()))
 CELLS = nbformat.read(FOLDER / "notebook.ipynb", as_version=4).cells
+ADAMW = list(csv.DictReader((pets.ROOT / "benchmarks" / "oxford_adamw" / "history.csv").read_text().splitlines()))
 README = (pets.ROOT / "README.md").read_text()
 sys.path.append(str(pets.ROOT / "benchmarks"))
 
@@ -60,6 +61,21 @@ def test_kept_run_is_of_the_reference_net_on_all_images():
     assert METRICS["test"]["pixel_accuracy"] > 0.881  # the reference
 
 
+def valid_accuracy(history: list[dict]) -> str:
+    return f"{pets.cut(100 * float(history[-1]['valid_pixel_accuracy']), 2)} %"
+
+
+def gain() -> float:
+    """Of flipping, in percentage points: the history is of straight images."""
+    return 100 * (METRICS["valid"]["pixel_accuracy"] - float(HISTORY[-1]["valid_pixel_accuracy"]))
+
+
+def test_kept_run_was_scored_with_flipping():
+    texts = [output.get("text", "") for cell in CELLS for output in cell.get("outputs", [])]
+    (told,) = [float(found[1]) for text in texts if (found := re.search(r"Flipping changes .* by (\S+) percent", text))]
+    assert METRICS["parameters"]["FLIP"] and told == pytest.approx(gain(), abs=0.01)
+
+
 def test_kept_scores_follow_from_the_confusion_matrix():
     again = pets.scores(torch.tensor(METRICS["test"]["confusion_matrix"]))
     assert again == {name: METRICS["test"][name] for name in again}
@@ -67,9 +83,9 @@ def test_kept_scores_follow_from_the_confusion_matrix():
 
 def test_readme_quotes_the_kept_run():
     test = METRICS["test"]
-    row = [f"{ablations.cut(100 * test['pixel_accuracy'], 2)} %", ablations.cut(test["mean_iou"], 3)]
-    row += [ablations.cut(test["iou"][name], 3) for name in pets.CLASSES]
-    row += [f"{ablations.cut(100 * test['majority_accuracy'], 1)} %"]
+    row = [f"{pets.cut(100 * test['pixel_accuracy'], 2)} %", pets.cut(test["mean_iou"], 3)]
+    row += [pets.cut(test["iou"][name], 3) for name in pets.CLASSES]
+    row += [f"{pets.cut(100 * test['majority_accuracy'], 1)} %"]
     assert f"| {' | '.join(row)} |" in README
 
 
@@ -89,6 +105,8 @@ def test_readme_tells_how_the_kept_run_went():
         f"{METRICS['dataset']['train']:,} images were trained on",
         f"{METRICS['dataset']['valid']} of the trainval split",
         f"{sum(seconds) / 60:.0f} minutes on two cores",
+        f"gains {gain():.2f} points on the held-out images",
+        f"ended at {valid_accuracy(ADAMW)} on the held-out images, the run above at {valid_accuracy(HISTORY)}",
         f"88.1 % after {reached} of the epochs and {sum(seconds[:reached]) / 60:.0f} minutes",
     ):
         assert words in " ".join(README.split())
@@ -98,7 +116,7 @@ def test_readme_tells_how_the_kept_run_went():
     ("value", "digits", "words"), [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")]
 )
 def test_cut_never_rounds_up(value, digits, words):
-    assert ablations.cut(value, digits) == words
+    assert pets.cut(value, digits) == words
 
 
 @pytest.mark.parametrize(
@@ -130,5 +148,5 @@ def test_kept_weights_know_pets(oxford):
     given = METRICS["parameters"]
     names = pets.read_split(oxford, "test")[::120]
     few = pets.load_pets(oxford, names, given["IMAGE_SIZE"], mask_side=given["SCORE_SIZE"])
-    accuracy = pets.scores(pets.evaluate(kept_model(), few))["pixel_accuracy"]
+    accuracy = pets.scores(pets.evaluate(kept_model(), few, flip=given["FLIP"]))["pixel_accuracy"]
     assert accuracy == pytest.approx(METRICS["test"]["pixel_accuracy"], abs=0.04)

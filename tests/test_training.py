@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import petseg_utils
 from petseg_utils import (
     IGNORE,
+    Muon,
     Pets,
     UNet,
     confusion_matrix,
@@ -20,6 +22,7 @@ from petseg_utils import (
     keep_freed_memory,
     load_weights,
     moving_average,
+    orthogonalize,
     predict,
     save_weights,
     scores,
@@ -190,8 +193,8 @@ def test_too_few_images_for_a_batch_are_told(pets, complains):
 def rates(pets, monkeypatch, **recipe) -> list[float]:
     """Train and return the learning rate of every step."""
     seen = []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (seen.append(self.param_groups[0]["lr"]), step(self)))
+    step = Muon.step
+    monkeypatch.setattr(Muon, "step", lambda self: (seen.append(self.param_groups[0]["lr"]), step(self)))
     train(new_model(), pets, pets, **RECIPE, **recipe)
     return seen
 
@@ -210,9 +213,9 @@ def test_without_one_cycle_the_rate_is_constant(pets, monkeypatch):
 
 def test_with_everything_switched_off_it_is_the_plainest_loop(pets):
     """The oracle is PyTorch's Adam, over the same batches, with cross-entropy alone."""
-    plain = {"one_cycle": False, "weight_decay": 0.0, "dice_weight": 0.0, "averaged": False, "augmented": False}
+    plain = {"muon": False, "one_cycle": False, "weight_decay": 0.0, "dice_weight": 0.0, "averaged": False}
     trained = new_model()
-    train(trained, pets, pets, **RECIPE, **plain)
+    train(trained, pets, pets, **RECIPE, **plain, augmented=False)
 
     model = new_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE["learning_rate"])
@@ -230,7 +233,46 @@ def test_with_everything_switched_off_it_is_the_plainest_loop(pets):
             torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"weight_decay": 0.5}, {"dice_weight": 0.0}, {"averaged": False}], ids=str)
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)], ids=["wide", "tall"])
+def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape):
+    """The oracle is PyTorch's singular value decomposition."""
+    torch.manual_seed(0)
+    u, values, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(0.1, 5, len(values))
+    levelled = u.T @ orthogonalize(u * values @ v) @ v.T
+    assert levelled.diagonal().min() > 0.6 and levelled.diagonal().max() < 1.3
+    assert (levelled - levelled.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_muon_steps_as_pytorchs_own_does_on_the_flattened_kernel():
+    """PyTorch's Muon takes matrices only, and computes in bfloat16: hence the tolerance."""
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(32, 16, 3, 3))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    start = matrix.detach().clone()
+    ours = Muon([kernel], lr=0.01, weight_decay=0.5)
+    theirs = torch.optim.Muon([matrix], lr=0.01, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        kernel.grad = torch.randn_like(kernel)
+        matrix.grad = kernel.grad.flatten(1)
+        ours.step()
+        theirs.step()
+    difference = kernel.detach().flatten(1) - matrix.detach()
+    assert difference.norm() < 0.03 * (matrix.detach() - start).norm()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_muon_moves_a_vector_as_far_whatever_its_gradients_scale(scale):
+    vector = nn.Parameter(torch.zeros(100))
+    vector.grad = scale * torch.linspace(-1, 1, 100)
+    Muon([vector], lr=0.01, weight_decay=0.0).step()
+    assert 0.6 < vector.detach().square().mean().sqrt() / (0.2 * 0.01) < 1.3
+    assert torch.equal(vector.sign(), -vector.grad.sign())
+
+
+@pytest.mark.parametrize(
+    "change", [{"muon": False}, {"weight_decay": 0.5}, {"dice_weight": 0.0}, {"averaged": False}], ids=str
+)
 def test_every_ingredient_makes_a_difference(pets, change):
     models = [new_model(), new_model()]
     for model, recipe in zip(models, ({}, change), strict=True):
