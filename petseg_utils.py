@@ -594,7 +594,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps are orthogonalised: as far in every direction, also where gradients are small.
 
     As Jordan and others published it in 2024, with Nesterov's momentum, and steps as long as AdamW's usual ones. A
-    parameter (out, ...) counts as a matrix with `out` rows, a vector as one row. PyTorch's own Muon takes matrices
+    parameter (out, ...) counts as a matrix with `out` rows, a vector as one column. PyTorch's own Muon takes matrices
     only and computes in bfloat16, which most CPUs just emulate.
     """
 
@@ -608,10 +608,12 @@ class Muon(torch.optim.Optimizer):
         """Take one step against the gradients. `closure` is there for PyTorch's sake and not used."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                average = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                average.lerp_(parameter.grad, 1 - group["momentum"])
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = parameter.grad.lerp(average, group["momentum"])
-                matrix = orthogonalize(direction.flatten(1) if direction.ndim > 1 else direction[None])
+                matrix = orthogonalize(direction.reshape(len(direction), -1))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(matrix.view_as(parameter), alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
 

@@ -24,7 +24,12 @@ import ablations  # noqa: E402
 import petseg_utils as pets  # noqa: E402
 
 KEPT = ROOT / "benchmarks" / "peer.json"
-RECIPE = {"epochs": ablations.BASE["EPOCHS"], "batch_size": 16, "learning_rate": 2e-3, "muon": False}
+RECIPE = {
+    "epochs": ablations.BASE["EPOCHS"],
+    "batch_size": 16,
+    "learning_rate": ablations.BASE["LEARNING_RATE"],
+    "muon": ablations.BASE["MUON"],
+}
 
 
 def load(data_dir: str) -> tuple[pets.Pets, pets.Pets, pets.Pets]:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -13,9 +14,7 @@ import petseg_utils as pets
 
 FOLDER = pets.ROOT / "notebooks" / "oxford_run"
 METRICS = json.loads((FOLDER / "metrics.json").read_text())
-HISTORY = list(csv.DictReader((FOLDER / "history.csv").read_text().splitlines()))
 CELLS = nbformat.read(FOLDER / "notebook.ipynb", as_version=4).cells
-ADAMW = list(csv.DictReader((pets.ROOT / "benchmarks" / "oxford_adamw" / "history.csv").read_text().splitlines()))
 README = (pets.ROOT / "README.md").read_text()
 sys.path.append(str(pets.ROOT / "benchmarks"))
 
@@ -23,6 +22,14 @@ import ablations  # noqa: E402
 import peer  # noqa: E402
 import score  # noqa: E402
 import throughput  # noqa: E402
+
+
+def read_history(folder: Path) -> list[dict]:
+    return list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
+
+
+HISTORY = read_history(FOLDER)
+ADAMW = read_history(pets.ROOT / "benchmarks" / "oxford_adamw")
 
 
 def sources(cells: list) -> list[str]:
