@@ -13,9 +13,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from decimal import ROUND_FLOOR, Decimal
 from itertools import cycle, repeat
@@ -137,7 +137,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in; 'auto' takes bfloat16 only where the processor multiplies it in hardware.
 
-    Without such units, bfloat16 is emulated: an AVX2 processor was eight times slower with it than with float32.
+    Without such units, bfloat16 is emulated: an AVX2 processor was eight times slower with it than with float32. (On
+    CUDA, PyTorch computes convolutions of float32 in TF32.)
     """
     if name != "auto":
         return getattr(torch, name)
@@ -217,7 +218,7 @@ def pair(folder: Path, name: str) -> tuple[Path, Path]:
 
 def photo_size(folder: Path, name: str) -> tuple[int, int]:
     """Return an image's width and height in pixels, without decoding it."""
-    with Image.open(pair(folder, name)[0]) as image:
+    with opened(pair(folder, name)[0]) as image:
         return image.size
 
 
@@ -282,13 +283,20 @@ def load_pair(
     return pixels.permute(2, 0, 1), trimap - 1  # (H, W, 3) -> (3, H, W); 1, 2, 3 -> 0, 1, 2
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Decode an image file, whatever its format is. Errors: `InputError`."""
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file for the time of a `with` block. Errors: `InputError` if it, or the block, can't read it."""
     try:
         with Image.open(path) as image:
-            return image.copy()
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be decoded ({error}): replace it by an intact image file.") from None
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode an image file, whatever its format is. Errors: `InputError`."""
+    with opened(path) as image:
+        return image.copy()
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -593,9 +601,10 @@ def count_steps(images: int, batch_size: int) -> int:
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are orthogonalised: as far in every direction, also where gradients are small.
 
-    As Jordan and others published it in 2024, with Nesterov's momentum, and steps as long as AdamW's usual ones. A
-    parameter (out, ...) counts as a matrix with `out` rows, a vector as one column. PyTorch's own Muon takes matrices
-    only and computes in bfloat16, which most CPUs just emulate.
+    After Jordan and others (2024), with Nesterov's momentum, and steps as long as AdamW's usual ones, as Liu and others
+    (2025) have them. A parameter (out, ...) counts as a matrix with `out` rows, a vector as one column; others leave
+    vectors and the last layer to AdamW. PyTorch's own Muon takes matrices only and computes in bfloat16, which most
+    CPUs just emulate.
     """
 
     def __init__(
@@ -608,6 +617,8 @@ class Muon(torch.optim.Optimizer):
         """Take one step against the gradients. `closure` is there for PyTorch's sake and not used."""
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.grad is None:  # the loss does not depend on it
+                    continue
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
@@ -684,11 +695,11 @@ def train(
     """Train `model` in place, on its device, and return the history: one dict per epoch.
 
     Ingredients: Muon, or AdamW (without weight decay it is Adam); a learning rate that follows one cycle with its
-    peak at `learning_rate` (Smith 2018), or is constant; the first `small_epochs` at half the images' side
-    (progressive resizing); a moving average of the weights, which is what gets validated and is in `model` at the
-    end. After every epoch the state goes to `checkpoint`; `resume` goes on from there, exactly as if never
-    interrupted. Errors: `InputError` for too few images for a batch, and for a checkpoint that is missing or belongs
-    to another architecture or recipe.
+    peak at `learning_rate` (Smith 2018; the momentum goes the other way), or is constant; the first `small_epochs` at
+    half the images' side (progressive resizing); a moving average of the weights, which is what gets validated and is
+    in `model` at the end. After every epoch the state goes to `checkpoint`; `resume` goes on from there, on a CPU
+    exactly as if never interrupted. Errors: `InputError` for too few images for a batch, for a loss that is not
+    finite, and for a checkpoint that is missing or belongs to another architecture or recipe.
     """
     steps = count_steps(len(train_pets.names), batch_size)  # per epoch
     keep_freed_memory()
@@ -702,6 +713,7 @@ def train(
         "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "muon": muon,
         "small_epochs": small_epochs, "one_cycle": one_cycle, "weight_decay": weight_decay,
         "dice_weight": dice_weight, "averaged": averaged, "augmented": augmented, "seed": seed,
+        "precision": str(precision),
         "images": list(train_pets.images.shape),
         "sum of labels": int(train_pets.masks.sum()),  # tells other images, and other masks, of the same shape
         "validation masks": list(valid_pets.masks.shape),
@@ -1119,5 +1131,5 @@ def save_run(folder: Path, metrics: dict, history: list[dict]) -> None:
     writer = csv.DictWriter(table, history[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write_json(folder / "metrics.json", metrics)
     write_atomically(folder / "history.csv", lambda file: file.write(table.getvalue().encode()))
+    write_json(folder / "metrics.json", metrics)  # last: its being there says that the run is complete

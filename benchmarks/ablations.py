@@ -1,6 +1,6 @@
 """What each part buys: re-runs of the notebook on the real dataset through papermill, each with one change.
 
-    python benchmarks/ablations.py FOLDER [NAME ...]   runs all, or those named; FOLDER holds oxford-iiit-pet
+    python benchmarks/ablations.py FOLDER [NAME ...]   makes the table's runs, or those named; FOLDER: of oxford-iiit-pet
     python benchmarks/ablations.py                     prints the table of the README from the results that are kept
 
 A run's folder is runs/ablation_NAME; metrics.json and history.csv of ours are kept in benchmarks/ablations/NAME.
@@ -40,7 +40,7 @@ CHANGES: dict[str, tuple[str, dict]] = {
     "adamw": ("AdamW at 2e-3 instead of Muon", ADAMW),
     "adamw_5e-3": ("AdamW at 5e-3 instead of Muon", ADAMW | {"LEARNING_RATE": 5e-3}),
     "adamw_1e-2": ("AdamW at 1e-2 instead of Muon", ADAMW | {"LEARNING_RATE": 1e-2}),
-    "constant_rate": ("constant learning rate", {"ONE_CYCLE": False}),
+    "constant_rate": ("constant learning rate and momentum", {"ONE_CYCLE": False}),
     "no_average": ("no moving average", {"AVERAGE": False}),
     "no_dice": ("cross-entropy alone", {"DICE_WEIGHT": 0.0}),
     "no_augmentation": ("no augmentation", {"AUGMENT": False}),
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> None:
     if unknown:
         raise pets.InputError(f"there is no run {', '.join(sorted(unknown))}: name some of {', '.join(RUNS)}.")
     folder = pets.find_dataset(data_dir).parent
-    for name in names or RUNS:
+    for name in names or read_kept():
         run(name, folder)
 
 

@@ -24,7 +24,8 @@ import ablations  # noqa: E402
 import petseg_utils as pets  # noqa: E402
 
 KEPT = ROOT / "benchmarks" / "peer.json"
-OPTIMISERS = {"Muon": ablations.BASE, "AdamW": ablations.BASE | ablations.ADAMW}
+COURSE = ablations.BASE | {"BASE_CHANNELS": 32}
+OPTIMISERS = {"Muon": COURSE, "AdamW": COURSE | ablations.ADAMW}
 NETS = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's Unet, ResNet-18"}
 
 
@@ -44,7 +45,7 @@ def load(data_dir: str) -> tuple[pets.Pets, pets.Pets, pets.Pets]:
 def new_model(name: str, smp: ModuleType) -> torch.nn.Module:
     """Return an untrained net: 'ours', or the 'peer' of the package `smp`."""
     if name == "ours":
-        return pets.UNet(base_channels=32, depth=5)
+        return pets.UNet(COURSE["BASE_CHANNELS"], depth=5)
     model = smp.Unet("resnet18", encoder_weights=None, classes=len(pets.CLASSES))
     # What `pets.train` notes in a checkpoint's recipe; a peer has none of it.
     model.base_channels = model.depth = model.norms = model.skips = None

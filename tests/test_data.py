@@ -23,6 +23,7 @@ from petseg_utils import (
     hold_out,
     load_pets,
     open_photo,
+    photo_size,
     read_split,
 )
 
@@ -304,6 +305,12 @@ def test_file_that_does_not_decode_is_named(dataset, name, complains, path_of, d
     path.write_bytes(damage(path.read_bytes()))
     with complains(path, "replace it"):
         load_pets(dataset, read_split(dataset, "test"), 32)
+
+
+def test_photo_without_a_size_is_named(dataset, name, complains):
+    image_of(dataset, name).write_bytes(b"")
+    with complains(image_of(dataset, name), "replace it"):
+        photo_size(dataset, name)
 
 
 def test_picture_that_is_dangerously_large_is_named(dataset, name, monkeypatch, complains):

@@ -202,6 +202,8 @@ def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     again = json.loads((run_folder / "metrics.json").read_text())
     assert again["test"] == metrics["test"]
+    assert again["training"]["seconds"] == metrics["training"]["seconds"]  # not trained anew
+    assert not (run_folder / "checkpoint.old.pt").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The training section: the loss, the loop, its checkpoints, and prediction."""
 
+import math
 import platform
 from mmap import PAGESIZE
 from pathlib import Path
@@ -440,13 +441,35 @@ def test_checkpoint_of_another_recipe_is_told(pets, checkpoint, complains, name)
 
 @pytest.mark.parametrize(
     "other",
-    [{"small_epochs": 1}, {"one_cycle": False}, {"weight_decay": 0.0}, {"dice_weight": 0.0}, {"averaged": False}],
+    [
+        {"muon": False},
+        {"small_epochs": 1},
+        {"one_cycle": False},
+        {"weight_decay": 0.0},
+        {"dice_weight": 0.0},
+        {"averaged": False},
+        {"augmented": False},
+        {"precision": torch.bfloat16},
+    ],
     ids=str,
 )
 def test_checkpoint_of_other_ingredients_is_told(pets, checkpoint, complains, other):
     (name,) = other
     with complains(checkpoint, name, f"not {other[name]}", "RESUME"):
         train(new_model(), pets, pets, **RECIPE, **other, checkpoint=checkpoint, resume=True)
+
+
+def test_training_that_diverges_is_told(pets, complains, monkeypatch):
+    monkeypatch.setattr(petseg_utils, "segmentation_loss", lambda logits, *_: logits.sum() * math.nan)
+    with complains("not a number", "LEARNING_RATE"):
+        train(new_model(), pets, pets, **RECIPE)
+
+
+def test_muon_leaves_a_parameter_without_gradient_alone():
+    used, unused = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    used.sum().backward()
+    Muon([used, unused], lr=0.1).step()
+    assert unused.eq(1).all() and not used.eq(1).any()
 
 
 def test_checkpoint_of_other_masks_is_told(pets, checkpoint, complains):
