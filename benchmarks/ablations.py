@@ -1,6 +1,6 @@
 """What each part buys: re-runs of the notebook on the real dataset through papermill, each with one change.
 
-    python benchmarks/ablations.py FOLDER [NAME ...]   makes the table's runs, or those named; FOLDER: of oxford-iiit-pet
+    python benchmarks/ablations.py FOLDER [NAME ...]   makes the table's runs, or some; FOLDER holds oxford-iiit-pet
     python benchmarks/ablations.py                     prints the table of the README from the results that are kept
 
 A run's folder is runs/ablation_NAME; metrics.json and history.csv of ours are kept in benchmarks/ablations/NAME.
