@@ -1,167 +1,171 @@
-"""Pet segmentation with a U-Net: everything that notebooks/pet_segmentation.ipynb imports, in the order data flows.
+"""Pet segmentation with a U-Net: the model and every helper that the notebooks import, in the order data flows.
 
-Sections: parameters, data, model, shapes, training, scores, plots, run folder. Nothing here knows of the notebook.
-Dimensions: N images, C channels, H = W = S the side of the square images in pixels, K = 3 classes; `b` is
-`base_channels`. Images are (N, 3, S, S) uint8; masks are (N, S, S) uint8 labels, an index into `CLASSES` or `IGNORE`.
+Sections: recipe, data, model, shapes, scores, run folder, training. Each uses only what stands above it. Letters:
+B images, N the side of the square images in pixels, b base channels, K = 3 classes. Images are (B, 3, N, N) uint8;
+masks are (B, N, N) uint8 labels, each an index into `CLASSES`, or `IGNORE`.
 """
 
 import csv
 import ctypes
+import hashlib
+import html
 import io
 import json
 import math
 import os
 import re
+import reprlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import deepcopy
-from decimal import ROUND_FLOOR, Decimal
-from itertools import cycle, repeat
+from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision import tv_tensors
 from torchvision.datasets import OxfordIIITPet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from sample_pets import draw_sample_pets as draw_sample_pets  # the stand-in dataset, in a file of its own
+# Files of their own, which nobody has to read to learn about segmentation; what they offer is passed on.
+from muon import Muon
+from pictures import COLORS, GREEN, RED, colorize, plot_grid, plot_unet  # noqa: F401
+from sample_pets import draw_sample_pets  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent
-CLASSES = ("pet", "background", "border")  # trimap values 1, 2, 3, shifted by one
-COLORS = ("#E69F00", "#0072B2", "#1A1A1A")  # one per class, from Okabe and Ito's palette for colour-blind readers
+CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
 
 
 class InputError(ValueError):
-    """A mistake a user can make, told in one sentence: what is wrong, where, and what to do."""
+    """A mistake a user can make, in one sentence: what is wrong, where, and what to do."""
 
     def _render_traceback_(self) -> list[str]:
         """Let Jupyter and papermill show the sentence alone: the stack would only hide it."""
         return [f"InputError: {self}"]
 
 
-# --------------------------------------------------------------------------------------------------- parameters
-
-# name: (type, is the value allowed?, what is allowed, in words)
-PARAMETERS: dict[str, tuple[type, Callable[..., bool], str]] = {
-    "DATASET": (str, lambda v: v in ("sample", "oxford"), "'sample' or 'oxford'"),
-    "DATA_DIR": (str, bool, "a folder's path"),
-    "DOWNLOAD": (bool, lambda v: True, "True or False"),
-    "LIMIT": (int, lambda v: v == 0 or v >= 50, "0 (all images) or a whole number from 50"),
-    "IMAGE_SIZE": (int, lambda v: 8 <= v <= 1024, "a whole number from 8 to 1024"),
-    "SCORE_SIZE": (int, lambda v: v == 0 or 8 <= v <= 1024, "0 (IMAGE_SIZE) or a whole number from 8 to 1024"),
-    "MASK_RESIZE": (str, lambda v: v in ("nearest", "bilinear"), "'nearest' or 'bilinear'"),
-    "BASE_CHANNELS": (int, lambda v: 1 <= v <= 256, "a whole number from 1 to 256"),
-    "DEPTH": (int, lambda v: 2 <= v <= 7, "a whole number from 2 to 7"),
-    "NORMS": (int, lambda v: v in (1, 2), "1 or 2"),
-    "SKIPS": (bool, lambda v: True, "True or False"),
-    "EPOCHS": (int, lambda v: 1 <= v <= 1000, "a whole number from 1 to 1000"),
-    "SMALL_EPOCHS": (int, lambda v: 0 <= v <= 1000, "a whole number from 0, below EPOCHS"),
-    "BATCH_SIZE": (int, lambda v: 2 <= v <= 1024, "a whole number from 2 to 1024"),
-    "MUON": (bool, lambda v: True, "True or False"),
-    "LEARNING_RATE": (float, lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    "ONE_CYCLE": (bool, lambda v: True, "True or False"),
-    "WEIGHT_DECAY": (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-    "DICE_WEIGHT": (float, lambda v: 0 <= v <= 100, "a number from 0 to 100"),
-    "AVERAGE": (bool, lambda v: True, "True or False"),
-    "AUGMENT": (bool, lambda v: True, "True or False"),
-    "FLIP": (bool, lambda v: True, "True or False"),
-    "SEED": (int, lambda v: 0 <= v < 2**31, "a whole number from 0 to 2147483647"),
-    "DEVICE": (str, lambda v: v in ("auto", "cpu", "cuda", "mps"), "'auto', 'cpu', 'cuda' or 'mps'"),
-    "PRECISION": (str, lambda v: v in ("auto", "float32", "bfloat16"), "'auto', 'float32' or 'bfloat16'"),
-    "PHOTO": (str, lambda v: True, "an image file's path, or '' for the photo that scikit-image ships"),
-    "RUN_NAME": (str, lambda v: re.fullmatch(r"\w[\w.+-]{0,99}", v), "a folder name of letters, digits and _ . + -"),
-    "RESUME": (bool, lambda v: True, "True or False"),
-}
+# --------------------------------------------------------------------------------------------------- recipe
 
 
-def check_parameters(given: dict) -> dict:
-    """Return `given` if every parameter is known, typed and in range; else raise `InputError` with one sentence."""
-    for name, value in given.items():
-        if name not in PARAMETERS:
-            raise InputError(f"there is no parameter {name}: the parameters are {', '.join(PARAMETERS)}.")
-        wanted, allowed, words = PARAMETERS[name]
-        number = wanted is float and type(value) is int  # 1 is a fine learning rate, True is not
-        if not (type(value) is wanted or number) or not allowed(value):
-            raise InputError(f"{name} must be {words}, not {value!r}.")
-    check_side(given["IMAGE_SIZE"], given["DEPTH"])
-    if given["SMALL_EPOCHS"]:
-        if given["SMALL_EPOCHS"] >= given["EPOCHS"]:
-            raise InputError(f"SMALL_EPOCHS must be below EPOCHS, {given['EPOCHS']}, not {given['SMALL_EPOCHS']}: "
-                             "a net is good only at sizes it was trained on.")  # fmt: skip
-        check_half(given["IMAGE_SIZE"], given["DEPTH"])
-    pick_device(given["DEVICE"])
-    if given["PHOTO"]:
-        if not locate(given["PHOTO"]).is_file():
-            raise InputError(
-                f"there is no photo {locate(given['PHOTO'])}: set PHOTO to an image file's path, or to ''."
-            )
-        open_photo(locate(given["PHOTO"]))
-    if given["RESUME"]:
-        require_checkpoint(ROOT / "runs" / given["RUN_NAME"] / "checkpoint.pt")
-    return given
+class Parameters(BaseModel):
+    """A notebook's parameters, under the names of its variables: type, default, range and meaning.
 
-
-def locate(path: str | Path) -> Path:
-    """Return `path` made absolute: a relative one counts from the project's root, or else from the current folder."""
-    here = Path.cwd() / path
-    return (here if here.exists() and not (ROOT / path).exists() else ROOT / path).resolve()
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """Return the torch device called `name`; 'auto' takes CUDA, then MPS, then the CPU. Errors: `InputError`."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, usable in available.items() if usable)
-    if not available.get(name):
-        usable = " or ".join(repr(kind) for kind, is_usable in available.items() if is_usable)
-        raise InputError(f"this machine has no device {name!r}: set DEVICE to {usable}, or to 'auto'.")
-    return torch.device(name)
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in; 'auto' takes bfloat16 only where the processor multiplies it in hardware.
-
-    Without such units, bfloat16 is emulated: an AVX2 processor was eight times slower with it than with float32. (On
-    CUDA, PyTorch computes convolutions of float32 in TF32.)
+    Errors: `InputError` for an unknown name, a wrong type, a value out of range, or values that don't fit together.
     """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = any(features.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.bfloat16 if fast else torch.float32
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    def __init__(self, **given: object) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as errors:
+            error = errors.errors()[0]
+            name, value = "".join(error["loc"]), reprlib.repr(error["input"])
+            sentence = f"{name} {error['msg'].partition(' ')[2]}, not {value}."  # without "Input" or "String"
+            if error["type"] == "extra_forbidden":
+                sentence = f"there is no parameter {name}: the parameters are {', '.join(type(self).model_fields)}."
+            raise (error["ctx"]["error"] if error["type"] == "value_error" else InputError(sentence)) from None
+
+    @classmethod
+    def of_notebook(cls, variables: dict) -> Self:
+        """Return the parameters that a notebook's variables, its `globals()`, spell. Errors: `InputError`."""
+        # Papermill writes what it was given into a cell of its own: only there does a misspelt name show.
+        cells = [cell for cell in variables["In"] if cell.startswith("# Parameters\n")]
+        injected = re.findall(r"^(\w+) = ", cells[-1], re.MULTILINE) if cells else []
+        return cls(**{name: variables[name] for name in (*cls.model_fields, *injected)})
+
+    def but(self, **changes: object) -> Self:
+        """Return the same with some parameters changed. Errors: `InputError`."""
+        return type(self)(**self.model_dump() | changes)
+
+
+class Recipe(Parameters):
+    """Every parameter of a run. What a learner changes comes first, what the experiments vary after it."""
+
+    # These say where a run reads, computes and writes, not what it trains.
+    PLACES: ClassVar[set[str]] = {"DATA_DIR", "DOWNLOAD", "DEVICE", "PHOTO", "RUN_NAME", "RESUME"}
+
+    DATASET: Literal["sample", "oxford"] = Field("sample", description='"sample" (drawn here) or the real "oxford"')
+    DATA_DIR: str = Field("data", min_length=1, description="folder with oxford-iiit-pet, from the project's root")
+    IMAGE_SIZE: int = Field(64, ge=8, le=1024, description="side of the images in pixels; divisible by 2**DEPTH")
+    BASE_CHANNELS: int = Field(16, ge=1, le=256, description="channels of the first level (the course's net has 32)")
+    EPOCHS: int = Field(6, ge=1, le=1000, description="passes over the training images")
+    LEARNING_RATE: float = Field(1e-2, gt=0, le=1, description="its peak, or the rate itself without ONE_CYCLE")
+    PHOTO: str = Field("", description='image file to try the net on; "" takes the one that scikit-image ships')
+    RUN_NAME: str = Field("default", description="results go to runs/RUN_NAME; with papermill, its output's folder")
+
+    DOWNLOAD: bool = Field(False, description="download the real dataset (about 800 MB) into DATA_DIR")
+    LIMIT: int = Field(0, ge=0, description="use only this many images of each split; 0 uses all")
+    SCORE_SIZE: int = Field(0, ge=0, le=1024, description="side of the masks that are scored; 0 takes IMAGE_SIZE")
+    MASK_RESIZE: Literal["nearest", "bilinear"] = Field("nearest", description='"nearest" or, a mistake, "bilinear"')
+    DEPTH: int = Field(5, ge=2, le=7, description="levels down, and up again")
+    NORMS: int = Field(2, ge=1, le=2, description="BatchNorms in each conv_plus_conv")
+    SKIPS: bool = Field(True, description="False replaces what the skip connections carry by zeros")
+    SMALL_EPOCHS: int = Field(0, ge=0, le=999, description="so many first EPOCHS train at half of IMAGE_SIZE")
+    BATCH_SIZE: int = Field(16, ge=2, le=1024, description="images in one training step")
+    MUON: bool = Field(True, description="train with Muon; False trains with AdamW")
+    ONE_CYCLE: bool = Field(True, description="False keeps the learning rate constant")
+    WEIGHT_DECAY: float = Field(0.01, ge=0, le=1, description="how much each step shrinks the weights")
+    DICE_WEIGHT: float = Field(0.5, ge=0, le=100, description="weight of the Dice loss beside cross-entropy")
+    AVERAGE: bool = Field(True, description="keep a moving average of the weights; False keeps the last ones")
+    AUGMENT: bool = Field(True, description="flip, move and recolour the training images")
+    FLIP: bool = Field(False, description="average the predictions for an image and its mirror image")
+    SEED: int = Field(0, ge=0, lt=2**31, description="of weights, held-out images, batches and augmentation")
+    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description='"auto", "cpu", "cuda" or "mps"')
+    PRECISION: Literal["auto", "float32", "bfloat16"] = Field("auto", description='"auto", "float32" or "bfloat16"')
+    RESUME: bool = Field(False, description="go on from the run's checkpoint, if there is one")
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Self:
+        """Check what no single bound can say."""
+        if not re.fullmatch(r"\w[\w.+-]*", self.RUN_NAME) or len(self.RUN_NAME.encode()) > 100:
+            wanted = "a folder's name of letters, digits and _ . + -, of at most 100 bytes"
+            raise InputError(f"RUN_NAME should be {wanted}, not {reprlib.repr(self.RUN_NAME)}.")
+        for name, least in (("LIMIT", 50), ("SCORE_SIZE", 8)):
+            if 0 < getattr(self, name) < least:
+                raise InputError(f"{name} should be 0 or at least {least}, not {getattr(self, name)}.")
+        if self.SMALL_EPOCHS >= self.EPOCHS:
+            why = "the last epochs must train at the full side, which is scored"
+            raise InputError(f"SMALL_EPOCHS should be less than EPOCHS, {self.EPOCHS}, not {self.SMALL_EPOCHS}: {why}.")
+        check_side(self.IMAGE_SIZE, self.DEPTH, halved_first=self.SMALL_EPOCHS > 0)
+        return self
+
+
+def check_side(side: int, depth: int, halved_first: bool = False) -> None:
+    """Raise `InputError`, naming sides that work, unless a U-Net can halve `side` so often.
+
+    `halved_first` says that small epochs halve the images once more, before the U-Net does.
+    """
+    stride = 2 ** (depth + halved_first)
+    if side % stride:
+        below = side // stride * stride
+        sides = f"{below} or {below + stride}" if below else stride
+        how = f"halves the image side {depth} times{', after SMALL_EPOCHS did once' if halved_first else ''}"
+        raise InputError(f"a U-Net of depth {depth} {how}, but {side} is no multiple of {stride}: make it {sides}.")
 
 
 # --------------------------------------------------------------------------------------------------- data
 
+IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"  # in the dataset's folder, by an image's name
+
 
 class Pets(NamedTuple):
-    """A split in memory: `names` of N images, `images` (N, 3, S, S) uint8 and `masks` (N, S, S) uint8 labels.
+    """A split in memory; masks that are only scored against may have another side than the images."""
 
-    Masks that are only scored against may have another side than the images.
-    """
-
-    names: list[str]
-    images: Tensor
-    masks: Tensor
+    names: list[str]  # B of them
+    images: Tensor  # (B, 3, N, N) uint8
+    masks: Tensor  # (B, N, N) uint8 labels
 
 
 def breed_of(name: str) -> str:
@@ -170,62 +174,40 @@ def breed_of(name: str) -> str:
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
-    """Return the dataset's folder, `data_dir`/oxford-iiit-pet, after downloading it if asked (some 800 MB).
-
-    Errors: `InputError` if it is not there, or the download fails.
-    """
-    folder = locate(data_dir)
+    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (some 800 MB). Errors: `InputError`."""
+    folder = ROOT / data_dir / "oxford-iiit-pet"
     if download:
         try:
-            OxfordIIITPet(folder, download=True)
+            OxfordIIITPet(folder.parent, download=True)
         except (OSError, RuntimeError) as error:
-            message = f"the download into {folder} failed ({error}): check the network, or put the dataset there."
-            raise InputError(message) from None
-    if not (folder / "oxford-iiit-pet").is_dir():
-        raise InputError(
-            f"there is no dataset at {folder / 'oxford-iiit-pet'}: set DATA_DIR to the folder that holds "
-            "oxford-iiit-pet, or DOWNLOAD to True."
-        )
-    return folder / "oxford-iiit-pet"
+            raise InputError(f"downloading {folder} failed ({error}): check the network, or put it there.") from None
+    if not os.path.isdir(folder):
+        raise InputError(f"there is no dataset at {folder}: set DATA_DIR to the folder that holds it, or DOWNLOAD.")
+    return folder.resolve()
 
 
 def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[str]:
     """Return the image names of a split ('trainval' or 'test'), all or `limit` of them drawn by `seed`, sorted.
 
-    The split file rules, not the folder: the real one holds pictures that no split lists. Errors: `InputError` if
-    the split file is missing or empty, or if a name lacks its image or its trimap.
+    The split file decides, not the folder: the real one holds pictures that no split lists. Errors: `InputError` for
+    a split file without names, and for a name without image or trimap.
     """
     path = folder / "annotations" / f"{split}.txt"
-    if not path.is_file():
-        raise InputError(f"the dataset lacks {path}: extract its annotations again.")
-    names = [line.split()[0] for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
     if not names:
-        raise InputError(f"{path} names no images: extract the dataset's annotations again.")
-    missing = [str(file.relative_to(folder)) for name in names for file in pair(folder, name) if not file.is_file()]
+        raise InputError(f"{path} is missing or names no images: extract the dataset's annotations again.")
+    files = [pattern.format(name) for name in names for pattern in (IMAGE_FILE, TRIMAP_FILE)]
+    missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise InputError(
-            f"{path} names {len(missing)} files that aren't there, first {missing[0]}: extract them again."
-        )
-    if limit:
-        names = np.random.default_rng(seed).permutation(names)[:limit].tolist()
-    return sorted(names)
-
-
-def pair(folder: Path, name: str) -> tuple[Path, Path]:
-    """Return the paths of an image and of its trimap."""
-    return folder / "images" / f"{name}.jpg", folder / "annotations" / "trimaps" / f"{name}.png"
-
-
-def photo_size(folder: Path, name: str) -> tuple[int, int]:
-    """Return an image's width and height in pixels, without decoding it."""
-    with opened(pair(folder, name)[0]) as image:
-        return image.size
+        raise InputError(f"{path} names {len(missing)} files that are not there, first {missing[0]}: extract them.")
+    return sorted(np.random.default_rng(seed).permutation(names)[:limit].tolist() if limit else names)
 
 
 def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
     """Split names in two, stratified by breed: (the rest, about `fraction` of each breed).
 
-    Of a breed with several images at least one goes to either side; a breed's only image stays in the rest.
+    At least one image of a breed goes to either side; a breed's only image stays in the rest.
     """
     random = np.random.default_rng(seed)
     held = set()
@@ -236,97 +218,74 @@ def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[li
     return [name for name in names if name not in held], [name for name in names if name in held]
 
 
-def load_pets(
-    folder: Path,
-    names: list[str],
-    side: int,
-    title: str = "images",
-    *,
-    mask_side: int = 0,
-    mask_resize: str = "nearest",
-) -> Pets:
-    """Decode every image and trimap once, in parallel, into memory: 3 * side**2 + mask_side**2 bytes each.
+def open_image(path: str | Path, rgb: bool = True) -> Image.Image:
+    """Decode an image file of any format, turned the way its camera noted, as RGB or as it is. Errors: `InputError`."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be decoded ({error}): replace it by an intact image file.") from None
+    if rgb and image.mode == "P":
+        image = image.convert("RGBA")  # a palette with transparency converts straight to RGB only with a warning
+    return image.convert("RGB") if rgb else image
 
-    `mask_side` is `side` unless given. `mask_resize` "bilinear" makes the mistake of mixing labels, to see its price.
-    Errors: `InputError` for a file that does not decode, or a trimap that is not of its image's size or holds
-    other values than 1, 2 and 3.
+
+def open_trimap(path: Path, size: tuple[int, int]) -> Image.Image:
+    """Decode a trimap. Errors: `InputError` unless it has 8 bits, `size` (width, height) and no value but 1, 2, 3."""
+    trimap = open_image(path, rgb=False)
+    if trimap.mode != "L":
+        raise InputError(f"{path} has the mode {trimap.mode}, but a trimap one channel of 8 bits: replace it.")
+    if trimap.size != size:
+        raise InputError(f"{path} is {trimap.size} pixels large but its image {size}: replace it.")
+    strangers = {value for value, count in enumerate(trimap.histogram()) if count} - {1, 2, 3}
+    if strangers:
+        raise InputError(f"{path} holds the value {min(strangers)}, but a trimap only 1, 2 and 3: replace it.")
+    return trimap
+
+
+def load_pets(
+    folder: Path, names: list[str], side: int, title: str = "images", *, mask_side: int = 0, resize: str = "nearest"
+) -> Pets:
+    """Decode every image and trimap once, in parallel, into memory; `mask_side` is `side` unless given.
+
+    `resize` "bilinear" makes the mistake of mixing labels, to see its price. Errors: `InputError`.
     """
     mask_side = mask_side or side
     images = torch.empty(len(names), 3, side, side, dtype=torch.uint8)
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
     def load(index: int) -> None:
-        images[index], masks[index] = load_pair(*pair(folder, names[index]), side, mask_side, mask_resize)
+        image = open_image(folder / IMAGE_FILE.format(names[index]))
+        trimap = open_trimap(folder / TRIMAP_FILE.format(names[index]), image.size)
+        # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and must never be mixed.
+        images[index] = v2.functional.pil_to_tensor(image.resize((side, side), Image.Resampling.BILINEAR))
+        trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])
+        masks[index] = torch.from_numpy(np.array(trimap)) - 1  # 1, 2, 3 -> 0, 1, 2
 
     with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(load, range(len(names))), title, len(names), leave=False):
-            pass
+        list(tqdm(pool.map(load, range(len(names))), title, len(names), leave=False))
     return Pets(names, images, masks)
 
 
-def load_pair(
-    image_path: Path, trimap_path: Path, side: int, mask_side: int, mask_resize: str = "nearest"
-) -> tuple[Tensor, Tensor]:
-    """Return one image (3, side, side) uint8 and its mask (mask_side, mask_side); the rest is as in `load_pets`."""
-    image, trimap = as_rgb(open_image(image_path)), open_image(trimap_path)
-    if trimap.mode != "L":
-        raise InputError(f"{trimap_path} has the mode {trimap.mode}, a trimap one channel of 8 bits: replace it.")
-    if image.size != trimap.size:
-        raise InputError(f"{trimap_path} is {trimap.size} pixels large but its image {image.size}: replace it.")
-    strangers = set(np.unique(trimap)) - {1, 2, 3}
-    if strangers:
-        raise InputError(f"{trimap_path} holds the value {min(strangers)}, a trimap only 1, 2 and 3: replace it.")
-    # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and must never be mixed.
-    pixels = torch.from_numpy(np.array(image.resize((side, side), Image.Resampling.BILINEAR)))
-    trimap = trimap.resize((mask_side, mask_side), Image.Resampling[mask_resize.upper()])
-    trimap = torch.from_numpy(np.array(trimap))
-    return pixels.permute(2, 0, 1), trimap - 1  # (H, W, 3) -> (3, H, W); 1, 2, 3 -> 0, 1, 2
+def half_size(pets: Pets, masks: bool = True) -> Pets:
+    """Return `pets` at half their side, images antialiased; with `masks` False the masks keep their side, to be scored.
 
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file for the time of a `with` block. Errors: `InputError` if it, or the block, can't read it."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be decoded ({error}): replace it by an intact image file.") from None
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Decode an image file, whatever its format is. Errors: `InputError`."""
-    with opened(path) as image:
-        return image.copy()
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB, through RGBA if there is a palette: one with transparency converts only with a warning."""
-    return image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
-
-
-def open_photo(path: str | Path) -> Image.Image:
-    """Decode any photo as RGB, turned as its camera noted (phones store portraits lying). Errors: `InputError`."""
-    return as_rgb(ImageOps.exif_transpose(open_image(path)))
-
-
-def half_size(images: Tensor) -> Tensor:
-    """Return uint8 images (N, 3, S, S) at half their side, antialiased: (N, 3, S/2, S/2)."""
-    return v2.functional.resize(images, [images.shape[-1] // 2] * 2, antialias=True)
+    A mask takes the most frequent of four labels (the smallest of equals), so that it keeps its image's centre.
+    """
+    images = v2.functional.resize(pets.images, [pets.images.shape[-1] // 2] * 2, antialias=True)
+    fours = pets.masks.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)  # (B, N/2, N/2, 4)
+    return Pets(pets.names, images, fours.mode().values if masks else pets.masks)
 
 
 def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Flip, move and recolour each image and move its mask along; same shapes and dtypes as given.
+    """Flip, move and recolour each image and move its mask along, by torch's global random generator.
 
-    Draws from torch's global random generator. Pixels from outside the photo become grey, their label `IGNORE`.
+    Pixels from outside the photo become grey, their label `IGNORE`; shapes and dtypes stay.
     """
     fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
-    transform = v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            v2.RandomAffine(10, (0.05, 0.05), (0.8, 1.25), interpolation=v2.InterpolationMode.BILINEAR, fill=fill),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-        ]
-    )
+    move = v2.RandomAffine(10, (0.05, 0.05), (0.8, 1.25), interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
+    recolour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
+    transform = v2.Compose([v2.RandomHorizontalFlip(), move, recolour])
     # A plain tensor beside an image would pass through untouched: only a tv_tensors.Mask moves along, by nearest.
     pairs = [transform(tv_tensors.Image(i), tv_tensors.Mask(m)) for i, m in zip(images, masks, strict=True)]
     return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
@@ -336,7 +295,7 @@ def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def conv_plus_conv(in_channels: int, out_channels: int, norms: int = 2) -> nn.Sequential:
-    """Return (3 x 3 convolution, BatchNorm, LeakyReLU) twice: (N, in, H, W) -> (N, out, H, W).
+    """Return (3 x 3 convolution, BatchNorm, LeakyReLU) twice: (B, in, H, W) -> (B, out, H, W).
 
     With `norms` 1 the second BatchNorm is left out. Activating in place spares a copy of the largest tensors.
     """
@@ -350,75 +309,46 @@ def conv_plus_conv(in_channels: int, out_channels: int, norms: int = 2) -> nn.Se
     )
 
 
-def check_side(side: int, depth: int) -> None:
-    """Raise `InputError`, naming the sides that would work, unless `side` can be halved `depth` times."""
-    stride = 2**depth
-    if side % stride:
-        below = side // stride * stride
-        sides = f"{below} or {below + stride}" if below else f"{stride}"
-        raise InputError(f"a U-Net of depth {depth} halves the image side {depth} times, but {side} is not divisible "
-                         f"by {stride}: make it {sides}, or the U-Net less deep.")  # fmt: skip
-
-
-def check_half(side: int, depth: int) -> None:
-    """Raise `InputError`, naming a side that would work, unless half of `side` fits a U-Net of that depth."""
-    stride = 2 ** (depth + 1)
-    if side % stride:
-        raise InputError(f"SMALL_EPOCHS train at half of IMAGE_SIZE, but {side / 2:g} is not divisible by {2**depth}: "
-                         f"make IMAGE_SIZE {(side // stride + 1) * stride}, or SMALL_EPOCHS 0.")  # fmt: skip
-
-
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015) as the course draws it: (N, 3, S, S) -> logits (N, num_classes, S, S).
+    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> logits (B, num_classes, N, N).
 
-    Going down, every level halves the side and doubles the channels: what is lost in place is won in kind. Going
-    up, every level doubles the side again and joins the residual of the same size that was kept on the way down.
-    To see what they are good for, `norms` 1 leaves out every second BatchNorm, and `skips` False puts zeros in the
-    place of the residuals.
+    Going down, every level halves the side and doubles the channels. Going up, every level doubles the side again and
+    concatenates the skip: the tensor of the same side that was kept on the way down. To see what they are worth,
+    `norms` 1 leaves out every second BatchNorm, and `skips` False replaces the skips by zeros.
     """
 
     def __init__(
-        self,
-        base_channels: int = 32,
-        depth: int = 5,
-        num_classes: int = len(CLASSES),
-        *,
-        norms: int = 2,
-        skips: bool = True,
-    ):
+        self, base_channels: int = 32, depth: int = 5, num_classes: int = 3, *, norms: int = 2, skips: bool = True
+    ) -> None:
         super().__init__()
         self.base_channels, self.depth, self.num_classes = base_channels, depth, num_classes
         self.norms, self.skips = norms, skips
         channels = [base_channels * 2**level for level in range(depth)]  # b, 2b, 4b, ...
         self.downs = nn.ModuleList(map(conv_plus_conv, [3, *channels], channels, repeat(norms)))
+        self.pools = nn.ModuleList(nn.MaxPool2d(2) for _ in channels)
         self.bottleneck = conv_plus_conv(channels[-1], channels[-1], norms)
-        # Upsampled and residual have as many channels each, so the concatenation doubles them: 2c go in.
+        self.upsamples = nn.ModuleList(nn.Upsample(scale_factor=2, mode="nearest") for _ in channels)
+        # The upsampled tensor and the skip have as many channels each, so the concatenation doubles them: 2c go in.
         inputs = [2 * c for c in reversed(channels)]
-        outputs = [*channels[-2::-1], base_channels]  # as many as the level above keeps; the last one keeps b
+        outputs = [*channels[-2::-1], base_channels]  # as many as the level above keeps; the top level gives b
         self.ups = nn.ModuleList(map(conv_plus_conv, inputs, outputs, repeat(norms)))
         self.out = nn.Conv2d(base_channels, num_classes, kernel_size=1)
-        self.pool = nn.MaxPool2d(2)
-        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, num_classes, S, S) for images (N, 3, S, S); S must be divisible by 2**depth."""
-        self.check_size(x)
-        residuals = []
-        for down in self.downs:
-            x = down(x)
-            residuals.append(x if self.skips else torch.zeros_like(x))
-            x = self.pool(x)  # (N, c, s, s) -> (N, c, s/2, s/2)
-        x = self.bottleneck(x)
-        for up in self.ups:
-            x = self.upsample(x)  # (N, c, s, s) -> (N, c, 2s, 2s)
-            x = torch.cat((x, residuals.pop()), dim=1)  # (N, c, s, s) twice -> (N, 2c, s, s)
-            x = up(x)  # (N, 2c, s, s) -> (N, c/2, s, s); at the top (N, c, s, s)
-        return self.out(x)
-
-    def check_size(self, x: Tensor) -> None:
-        """Raise `InputError` unless height and width of x (N, C, H, W) can be halved `depth` times."""
+        """Return logits (B, num_classes, N, N) for images (B, 3, N, N). Errors: as in `check_side`."""
         for side in x.shape[-2:]:
             check_side(side, self.depth)
+        kept = []
+        for down, pool in zip(self.downs, self.pools, strict=True):
+            x = down(x)
+            kept.append(x if self.skips else torch.zeros_like(x))
+            x = pool(x)  # (B, c, n, n) -> (B, c, n/2, n/2)
+        x = self.bottleneck(x)
+        for upsample, up in zip(self.upsamples, self.ups, strict=True):
+            x = upsample(x)  # (B, c, n, n) -> (B, c, 2n, 2n)
+            x = torch.cat((x, kept.pop()), dim=1)  # (B, c, n, n) twice -> (B, 2c, n, n)
+            x = up(x)  # (B, 2c, n, n) -> (B, c/2, n, n); at the top (B, c, n, n)
+        return self.out(x)
 
 
 # --------------------------------------------------------------------------------------------------- shapes
@@ -428,6 +358,7 @@ class Step(NamedTuple):
     """One step of the U-Net's forward pass for one image; shapes are (channels, side)."""
 
     name: str
+    level: int  # 0 at the top; at level k the side is N / 2**k
     formula: str  # in N, the image side, and b, the base channels
     predicted: tuple[int, float]
     traced: tuple[int, int] | None  # None: the forward pass did not get here
@@ -441,52 +372,51 @@ class Step(NamedTuple):
         return self.traced == self.predicted
 
     @property
-    def memory(self) -> int:
-        """Bytes of the step's output in float32."""
-        return int(4 * self.predicted[0] * self.predicted[1] ** 2)
+    def row(self) -> dict[str, object]:
+        """The step as a row for `html_table`; the output's KiB are those of float32."""
+        predicted, traced = (f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "not reached" for s in self[3:5])
+        kib = 4 * self.predicted[0] * self.predicted[1] ** 2 / 1024
+        return {
+            "step": self.name, "formula": self.formula, "predicted": predicted, "traced": traced,
+            "agree": "✓" if self.agrees else "✗", "parameters": f"{self.parameters:,}",
+            "MFLOP": f"{self.flops / 1e6:,.1f}", "output KiB": f"{kib:,.0f}", "receptive field": self.receptive_field,
+        }  # fmt: skip
+
+
+def plan(b: int, depth: int, num_classes: int) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
+    """Yield name, level, output channels and operations of every step, in the order of the forward pass."""
+    for level in range(depth):
+        yield f"down{level + 1}", level, b * 2**level, ("conv3", "conv3")
+        yield f"pool{level + 1}", level + 1, b * 2**level, ("pool",)
+    yield "bottleneck", depth, b * 2 ** (depth - 1), ("conv3", "conv3")
+    for level in reversed(range(depth)):
+        yield f"upsample{level + 1}", level, b * 2**level, ("upsample",)
+        yield f"concat{level + 1}", level, 2 * b * 2**level, ()
+        yield f"up{level + 1}", level, b * 2 ** max(level - 1, 0), ("conv3", "conv3")
+    yield "out", 0, num_classes, ("conv1",)
 
 
 def analyse_shapes(model: UNet, side: int) -> list[Step]:
     """Return one `Step` for each step of the forward pass, predicted by formula and traced with forward hooks."""
     traced = trace_shapes(model, side)
-    return [step._replace(traced=traced.get(step.name)) for step in predict_shapes(model, side)]
-
-
-def predict_shapes(model: UNet, side: int) -> list[Step]:
-    """Predict every step from `base_channels`, `depth` and the image side alone; nothing is run."""
-    b, depth = model.base_channels, model.depth
     steps: list[Step] = []
-    channels = 3
+    channels = 3  # that go into the next convolution
     path: list[str] = []  # all operations from the image to here
-
-    def add(name: str, level: int, out: int, *operations: str) -> None:
-        nonlocal channels
-        path.extend(operations)
-        parameters = flops = 0
-        if "conv3" in operations:
-            parameters += model.norms * 2 * out  # each BatchNorm has a scale and a shift for every channel
+    for name, level, out, operations in plan(model.base_channels, model.depth, model.num_classes):
+        path += operations
+        parameters = model.norms * 2 * out if "conv3" in operations else 0  # a BatchNorm's scale and shift by channel
+        flops = 0
         for operation in operations:
-            if operation in ("conv3", "conv1"):
-                weights = (9 if operation == "conv3" else 1) * channels * out
+            if operation.startswith("conv"):
+                weights = int(operation[-1]) ** 2 * channels * out
                 parameters += weights + out  # and a bias for every output channel
                 flops += int(2 * weights * (side / 2**level) ** 2)
-                channels = out
+            channels = out
         channels = out
         size = f"N/{2**level}" if level else "N"
-        times = out if name == "out" else f"{out // b}b" if out > b else "b"
-        steps.append(
-            Step(name, f"{size}, {times}", (out, side / 2**level), None, parameters, flops, receptive_field(path))
-        )
-
-    for level in range(depth):
-        add(f"down{level + 1}", level, b * 2**level, "conv3", "conv3")
-        add(f"pool{level + 1}", level + 1, channels, "pool")
-    add("bottleneck", depth, channels, "conv3", "conv3")
-    for level in reversed(range(depth)):
-        add(f"upsample{level + 1}", level, channels, "upsample")
-        add(f"concat{level + 1}", level, 2 * channels)
-        add(f"up{level + 1}", level, b * 2 ** max(level - 1, 0), "conv3", "conv3")
-    add("out", 0, model.num_classes, "conv1")
+        times = str(out) if name == "out" else f"{out // model.base_channels}b".removeprefix("1")
+        shapes = (f"{size} × {size} × {times}", (out, side / 2**level), traced.get(name))
+        steps.append(Step(name, level, *shapes, parameters, flops, receptive_field(path)))
     return steps
 
 
@@ -509,383 +439,52 @@ def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
     shapes don't fit yields the steps before the one that failed.
     """
     model = deepcopy(model).to("meta").eval()
-    model.check_size = lambda x: None  # a size that doesn't fit shall get as far as it can
     traced: dict[str, tuple[int, int]] = {}
 
-    def note(name: str, tensor: Tensor) -> None:
-        traced[name] = (tensor.shape[1], tensor.shape[3])
+    def note(name: str, x: Tensor) -> None:
+        traced[name] = (x.shape[1], x.shape[3])
 
-    levels = range(1, model.depth + 1)
-    pools, upsamples = iter(levels), iter(reversed(levels))  # one module serves all levels, so count its calls
-    model.pool.register_forward_hook(lambda _m, _i, output: note(f"pool{next(pools)}", output))
-    model.upsample.register_forward_hook(lambda _m, _i, output: note(f"upsample{next(upsamples)}", output))
-    for level, up in zip(reversed(levels), model.ups, strict=True):
-        up.register_forward_pre_hook(lambda _m, inputs, level=level: note(f"concat{level}", inputs[0]))
-        up.register_forward_hook(lambda _m, _i, output, level=level: note(f"up{level}", output))
-    for level, down in zip(levels, model.downs, strict=True):
-        down.register_forward_hook(lambda _m, _i, output, level=level: note(f"down{level}", output))
-    model.bottleneck.register_forward_hook(lambda _m, _i, output: note("bottleneck", output))
-    model.out.register_forward_hook(lambda _m, _i, output: note("out", output))
-    with suppress(RuntimeError):  # where it fails is told by the steps that are missing
+    for level in range(1, model.depth + 1):
+        steps = {"down": model.downs[level - 1], "pool": model.pools[level - 1]}
+        steps |= {"upsample": model.upsamples[-level], "up": model.ups[-level]}
+        for kind, module in steps.items():
+            module.register_forward_hook(lambda _m, _inputs, x, name=f"{kind}{level}": note(name, x))
+        model.ups[-level].register_forward_pre_hook(lambda _m, inputs, name=f"concat{level}": note(name, inputs[0]))
+    for name in ("bottleneck", "out"):
+        model.get_submodule(name).register_forward_hook(lambda _m, _inputs, x, name=name: note(name, x))
+    model.depth = 0  # so that no side is refused: one that doesn't fit goes as far as it can
+    with suppress(RuntimeError):  # the steps that are missing tell where it failed
         model(torch.empty(1, 3, side, side, device="meta"))
     return traced
 
 
-def shape_table(steps: list[Step]) -> str:
-    """Return the steps as an HTML table: formula, predicted and traced shape, agreement, and what each step costs."""
-    head = ["step", "formula", "predicted", "traced", "agree", "parameters", "MFLOP", "output KiB", "receptive field"]
-    rows = []
-    for step in steps:
-        traced = shape_text(step.traced) if step.traced else "not reached"
-        size, channels = step.formula.split(", ")
-        cells = [
-            step.name, f"{size} × {size} × {channels}", shape_text(step.predicted), traced, "✓" if step.agrees else "✗",
-            f"{step.parameters:,}", f"{step.flops / 1e6:,.1f}", f"{step.memory / 1024:,.0f}", step.receptive_field,
-        ]  # fmt: skip
-        # A narrow window scrolls the table, not the page, and wraps no cell.
-        rows.append("".join(f"<td>{str(cell).replace(' ', '&nbsp;')}</td>" for cell in cells))
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    header = "".join(f"<th>{title}</th>" for title in head)
-    return f'<div style="overflow-x:auto"><table><tr>{header}</tr>\n{body}</table></div>'
-
-
-def shape_text(shape: tuple[int, float]) -> str:
-    """Return (channels, side) as people write it: (64, 128) -> '128 × 128 × 64'."""
-    channels, side = shape
-    return f"{side:g} × {side:g} × {channels}"
-
-
-# --------------------------------------------------------------------------------------------------- training
-
-
-def to_input(images: Tensor, device: torch.device) -> Tensor:
-    """Return uint8 images (N, 3, S, S) as the model's input: float32 in -1 to 1, on `device`."""
-    return images.to(device).float() / 127.5 - 1
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep what is freed; other systems' allocators are left as they are.
-
-    Every training step needs the same large tensors again. By default their memory goes back to Linux after each
-    use and returns as new pages of zeros, which slows the step down on the CPU.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back to Linux what is free at the end of the heap
-
-
-def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -> Tensor:
-    """Return cross-entropy plus `dice_weight` times soft Dice loss (Milletari et al. 2016).
-
-    Shapes: logits (N, K, S, S), masks (N, S, S) int64, result (). Cross-entropy scores pixels one by one; Dice
-    scores the overlap of whole classes, so the narrow border counts as much as the wide background. Pixels `IGNORE`
-    don't count.
-    """
-    cross_entropy = F.cross_entropy(logits, masks, ignore_index=IGNORE)
-    known = (masks != IGNORE).unsqueeze(1)  # (N, 1, S, S)
-    truth = F.one_hot(masks.where(masks != IGNORE, 0), logits.shape[1]).permute(0, 3, 1, 2) * known  # (N, K, S, S)
-    probabilities = logits.softmax(dim=1) * known
-    overlap = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
-    total = (probabilities + truth).sum(dim=(0, 2, 3))
-    return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
-
-
-def count_steps(images: int, batch_size: int) -> int:
-    """Return how many full batches an epoch has. Errors: `InputError` if it has none."""
-    if images < batch_size:
-        raise InputError(f"{images} training images don't fill one batch of {batch_size}: make BATCH_SIZE smaller.")
-    return images // batch_size
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised: as far in every direction, also where gradients are small.
-
-    After Jordan and others (2024), with Nesterov's momentum, and steps as long as AdamW's usual ones, as Liu and others
-    (2025) have them. A parameter (out, ...) counts as a matrix with `out` rows, a vector as one column; others leave
-    vectors and the last layer to AdamW. PyTorch's own Muon takes matrices only and computes in bfloat16, which most
-    CPUs just emulate.
-    """
-
-    def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Take one step against the gradients. `closure` is there for PyTorch's sake and not used."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:  # the loss does not depend on it
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                direction = parameter.grad.lerp(average, group["momentum"])
-                matrix = orthogonalize(direction.reshape(len(direction), -1))
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(matrix.view_as(parameter), alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
-
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Keep the singular vectors of a matrix (R, C), but bring all but its tiniest singular values to 0.7 to 1.2.
-
-    Five Newton-Schulz iterations X <- a X + b (X X') X + c (X X')^2 X, with Jordan's coefficients. All factors are
-    polynomials in the small X X', so they are multiplied first, and the large X once, at the end.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T
-    matrix = matrix / (matrix.norm() + 1e-7)  # now no singular value is above 1
-    gram = matrix @ matrix.T  # X X', (R, R)
-    identity = torch.eye(len(gram), device=gram.device)
-    product = identity
-    for _ in range(5):
-        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    return product @ matrix
-
-
-def new_training_state(
-    model: UNet,
-    precision: torch.dtype,
-    *,
-    learning_rate: float,
-    total_steps: int,
-    muon: bool = True,
-    one_cycle: bool = True,
-    weight_decay: float = 0.01,
-    averaged: bool = True,
-) -> dict:
-    """Return all that changes during a training: the model, its average, the optimiser and the schedule, by name."""
-    # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster without on AVX2.
-    model.to(memory_format=torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format)
-    parameters = {"params": model.parameters(), "lr": learning_rate, "weight_decay": weight_decay}
-    optimizer = Muon(**parameters) if muon else torch.optim.AdamW(**parameters, fused=True)
-    if one_cycle:
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps)
-    else:
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    average = AveragedModel(model, avg_fn=moving_average if averaged else latest, use_buffers=True)
-    return {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-
-
-def train(
-    model: UNet,
-    train_pets: Pets,
-    valid_pets: Pets,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    muon: bool = True,
-    small_epochs: int = 0,
-    one_cycle: bool = True,
-    weight_decay: float = 0.01,
-    dice_weight: float = 0.5,
-    averaged: bool = True,
-    augmented: bool = True,
-    seed: int = 0,
-    precision: torch.dtype = torch.float32,
-    checkpoint: Path | None = None,
-    resume: bool = False,
-) -> list[dict]:
-    """Train `model` in place, on its device, and return the history: one dict per epoch.
-
-    Ingredients: Muon, or AdamW (without weight decay it is Adam); a learning rate that follows one cycle with its
-    peak at `learning_rate` (Smith 2018; the momentum goes the other way), or is constant; the first `small_epochs` at
-    half the images' side (progressive resizing); a moving average of the weights, which is what gets validated and is
-    in `model` at the end. After every epoch the state goes to `checkpoint`; `resume` goes on from there, on a CPU
-    exactly as if never interrupted. Errors: `InputError` for too few images for a batch, for a loss that is not
-    finite, and for a checkpoint that is missing or belongs to another architecture or recipe.
-    """
-    steps = count_steps(len(train_pets.names), batch_size)  # per epoch
-    keep_freed_memory()
-    state = new_training_state(
-        model, precision, learning_rate=learning_rate, total_steps=epochs * steps, muon=muon,
-        one_cycle=one_cycle, weight_decay=weight_decay, averaged=averaged,
-    )  # fmt: skip
-    average = state["average"]
-    recipe = {
-        "base_channels": model.base_channels, "depth": model.depth, "norms": model.norms, "skips": model.skips,
-        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "muon": muon,
-        "small_epochs": small_epochs, "one_cycle": one_cycle, "weight_decay": weight_decay,
-        "dice_weight": dice_weight, "averaged": averaged, "augmented": augmented, "seed": seed,
-        "precision": str(precision),
-        "images": list(train_pets.images.shape),
-        "sum of labels": int(train_pets.masks.sum()),  # tells other images, and other masks, of the same shape
-        "validation masks": list(valid_pets.masks.shape),
-    }  # fmt: skip
-    if checkpoint and checkpoint.exists() and not resume:
-        os.replace(checkpoint, checkpoint.with_suffix(".old.pt"))  # it may have taken hours
-    history = load_checkpoint(checkpoint, state, recipe) if resume else []
-    if len(history) < small_epochs:
-        masks = train_pets.masks[:, ::2, ::2]  # by nearest; validation masks keep the side that scores are for
-        small_train = Pets(train_pets.names, half_size(train_pets.images), masks)
-        small_valid = valid_pets._replace(images=half_size(valid_pets.images))
-
-    with tqdm(total=epochs * steps, initial=len(history) * steps, mininterval=1, leave=False) as bar:
-        for epoch in range(len(history) + 1, epochs + 1):
-            bar.set_description(f"epoch {epoch}/{epochs}")
-            torch.manual_seed(seed * 100_003 + epoch)  # by epoch, so that a resumed run draws the same
-            start = time.perf_counter()
-            seen, held_out = (small_train, small_valid) if epoch <= small_epochs else (train_pets, valid_pets)
-            loss = train_epoch(seen, batch_size, augmented, dice_weight, precision, **state, bar=bar)
-            seconds = time.perf_counter() - start
-            valid = scores(evaluate(average.module, held_out, precision=precision))
-            history.append({
-                "epoch": epoch, "train_loss": loss, "valid_pixel_accuracy": valid["pixel_accuracy"],
-                "valid_mean_iou": valid["mean_iou"], "seconds": seconds,
-            })  # fmt: skip
-            bar.set_postfix({"loss": f"{loss:.3f}", "valid accuracy": f"{valid['pixel_accuracy']:.3f}"})
-            if checkpoint:
-                save_checkpoint(checkpoint, state, recipe, history)
-    model.load_state_dict(average.module.state_dict())
-    return history
-
-
-def train_epoch(
-    pets: Pets,
-    batch_size: int,
-    augmented: bool,
-    dice_weight: float,
-    precision: torch.dtype,
-    *,
-    model: UNet,
-    average: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    bar: tqdm,
-) -> float:
-    """Pass over the images once, in random batches of `batch_size`, and return the mean loss."""
-    device = next(model.parameters()).device
-    model.train()
-    losses = []
-    for batch in torch.randperm(len(pets.names)).split(batch_size):
-        if len(batch) < batch_size:
-            break  # a smaller batch would upset BatchNorm
-        images, masks = pets.images[batch], pets.masks[batch]  # (N, 3, S, S), (N, S, S)
-        if augmented:
-            images, masks = augment(images, masks)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = model(to_input(images, device))  # (N, K, S, S)
-        loss = segmentation_loss(logits.float(), masks.to(device).long(), dice_weight)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(model)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise InputError("the loss is not a number any more: make LEARNING_RATE smaller and train again.")
-        bar.update()
-    return sum(losses) / len(losses)
-
-
-def moving_average(average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-    """Return the exponential moving average of the weights: decay 0.99, less at first so that it forgets the start."""
-    decay = min(0.99, (1 + int(updates)) / (10 + int(updates)))
-    return torch.lerp(average, current, 1 - decay) if average.is_floating_point() else current
-
-
-def latest(average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-    """Return the current weights instead of an average."""
-    return current
-
-
-def save_checkpoint(path: Path, state: dict, recipe: dict, history: list[dict]) -> None:
-    """Write everything that going on needs: the state dicts of `state`, the recipe they belong to, the history."""
-    parts = {name: part.state_dict() for name, part in state.items()}
-    write_atomically(path, lambda file: torch.save({**parts, "recipe": recipe, "history": history}, file))
-
-
-def require_checkpoint(path: Path | None) -> None:
-    """Raise `InputError` unless there is a checkpoint at `path`."""
-    if not path or not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path} to go on from: set RESUME to False, or RUN_NAME to its run.")
-
-
-def load_checkpoint(path: Path, state: dict, recipe: dict) -> list[dict]:
-    """Load `state` from a checkpoint of the same recipe and return its history. Errors: `InputError`."""
-    require_checkpoint(path)
-    damaged = InputError(f"{path} is damaged, or no checkpoint of this project: set RESUME to False.")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = saved["recipe"]
-    except Exception:  # torch.load has a dozen ways to fail on a damaged file, most of them in many lines
-        raise damaged from None
-    other = [f"{name} {theirs.get(name)}, not {value}" for name, value in recipe.items() if theirs.get(name) != value]
-    if other:
-        raise InputError(f"{path} belongs to a run with {'; '.join(other)}: set RESUME to False, or these as there.")
-    try:
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        return saved["history"]
-    except (KeyError, RuntimeError, ValueError):
-        raise damaged from None
-
-
-@torch.inference_mode()
-def predict(
-    model: UNet,
-    images: Tensor,
-    *,
-    size: tuple[int, int] | None = None,
-    flip: bool = False,
-    precision: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Return the most probable label of every pixel, (N, H, W) uint8, and its probability, (N, H, W) float32.
-
-    `size` (H, W) is that of the images (N, 3, S, S) unless given: the logits are brought to it bilinearly. `flip`
-    averages the probabilities with those of the mirrored images.
-    """
-    device = next(model.parameters()).device
-    model.eval()
-
-    def probabilities(inputs: Tensor) -> Tensor:
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = model(inputs).float()
-        return F.interpolate(logits, size or inputs.shape[-2:], mode="bilinear").softmax(dim=1)  # (N, K, H, W)
-
-    labels, confidences = [], []
-    for batch in tqdm(images.split(32), "predict", delay=2, leave=False):
-        inputs = to_input(batch, device)
-        likely = probabilities(inputs)
-        if flip:
-            likely = (likely + probabilities(inputs.flip(3)).flip(3)) / 2
-        confidence, label = likely.max(dim=1)  # (N, H, W) each
-        labels.append(label.byte().cpu())
-        confidences.append(confidence.cpu())
-    return torch.cat(labels), torch.cat(confidences)
-
-
-def evaluate(model: UNet, pets: Pets, *, flip: bool = False, precision: torch.dtype = torch.float32) -> Tensor:
-    """Return the confusion matrix (K, K) of the model on all pixels of the masks of `pets`."""
-    predicted, _ = predict(model, pets.images, size=pets.masks.shape[1:], flip=flip, precision=precision)
-    return confusion_matrix(predicted, pets.masks)
+def html_table(rows: list[dict]) -> str:
+    """Return rows with the same keys as an HTML table, every text escaped; a wide one scrolls in a box of its own."""
+    lines = [[f"<th>{html.escape(str(title))}</th>" for title in rows[0]]]
+    lines += [[f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()] for row in rows]
+    body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    return f'<div style="overflow-x:auto"><table>{body}</table></div>'
 
 
 # --------------------------------------------------------------------------------------------------- scores
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Count pixels by class: (K, K) int64, rows the truth and columns the prediction. Pixels `IGNORE` don't count."""
-    counts = torch.zeros(len(CLASSES) ** 2, dtype=torch.long)
-    for truths, predictions in zip(truth.split(64), predicted.split(64), strict=True):  # int64 copies are large
-        known = truths != IGNORE
-        pairs = truths[known].long() * len(CLASSES) + predictions[known].long()
-        counts += torch.bincount(pairs, minlength=len(counts))
-    return counts.view(len(CLASSES), len(CLASSES))
+    """Count pixels by class: (K, K) int64, rows the truth and columns the prediction. Pixels `IGNORE` don't count.
+
+    Both tensors hold uint8 labels in the same shape, of one image or of many.
+    """
+    known = truth != IGNORE
+    pairs = truth[known] * len(CLASSES) + predicted[known]  # 0 to 8 fits uint8, and spares large int64 copies
+    return torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), len(CLASSES))
 
 
 def scores(matrix: Tensor) -> dict:
-    """Derive every score from one confusion matrix, so that images of all batches weigh the same.
+    """Derive every score from one confusion matrix, so that every pixel weighs the same, whatever batch it was in.
 
     `pixel_accuracy` is the share of the diagonal; per class, with true positives TP, false positives FP and false
-    negatives FN, `iou` is TP / (TP + FP + FN) and `dice` is 2 TP / (2 TP + FP + FN). A class that is neither there
-    nor predicted has no score (None) and stays out of `mean_iou`.
+    negatives FN, `iou` is TP / (TP + FP + FN) and `dice` is 2 TP / (2 TP + FP + FN). A class that neither occurs
+    nor is predicted has no score (None) and stays out of `mean_iou`.
     """
     right = matrix.diagonal()
     union = matrix.sum(0) + matrix.sum(1) - right
@@ -901,190 +500,6 @@ def scores(matrix: Tensor) -> dict:
     }
 
 
-def cut(value: float, digits: int) -> str:
-    """Return a number with so many digits after the point, cut and not rounded, for rounding might flatter."""
-    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
-
-
-# --------------------------------------------------------------------------------------------------- plots
-# Each returns a figure whose label, `figure.get_label()`, is its alt text. The classes' colours are theirs alone.
-
-GREEN, RED, SKY = "#009E73", "#D55E00", "#56B4E9"  # for everything else, from the same palette
-
-
-def colorize(mask: Tensor) -> np.ndarray:
-    """Return a mask (S, S) of labels as an RGB picture (S, S, 3) of floats; pixels `IGNORE` are grey."""
-    palette = np.full((256, 3), 0.5)
-    palette[: len(COLORS)] = [to_rgb(color) for color in COLORS]
-    return palette[mask.numpy()]
-
-
-def overlay(image: Tensor, mask: Tensor) -> np.ndarray:
-    """Return an image (3, S, S) uint8 with its mask (S, S) laid over it, as an RGB picture (S, S, 3) of floats."""
-    return 0.5 * image.permute(1, 2, 0).numpy() / 255 + 0.5 * colorize(mask)
-
-
-def plot_grid(columns: dict[str, list], row_titles: list[str], alt: str, width: float = 2.2) -> Figure:
-    """Plot columns of RGB pictures side by side, one row per picture, with the legend of the classes below."""
-    rows = len(row_titles)
-    height, width_of_picture = next(iter(columns.values()))[0].shape[:2]
-    size = (width * len(columns), width * rows * height / width_of_picture + 0.6)
-    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False, layout="constrained", label=alt)
-    for j, (title, pictures) in enumerate(columns.items()):
-        axes[0, j].set_title(title, fontsize=10)
-        for i, picture in enumerate(pictures):
-            axes[i, j].imshow(picture)
-            axes[i, j].set(xticks=[], yticks=[])
-    for i, title in enumerate(row_titles):
-        axes[i, 0].set_ylabel(title, fontsize=9)
-    figure.legend(handles=class_patches(), loc="outside lower center", ncols=len(CLASSES), frameon=False)
-    return figure
-
-
-def class_patches() -> list[Patch]:
-    """Return a legend's handles: a patch in each class's colour."""
-    return [Patch(color=color, label=name) for name, color in zip(CLASSES, COLORS, strict=True)]
-
-
-def plot_samples(pets: Pets, indices: Iterable[int]) -> Figure:
-    """Plot some images of a split beside their masks and the two laid over one another."""
-    chosen = list(indices)
-    columns = {
-        "image": [pets.images[i].permute(1, 2, 0).numpy() for i in chosen],
-        "mask": [colorize(pets.masks[i]) for i in chosen],
-        "overlay": [overlay(pets.images[i], pets.masks[i]) for i in chosen],
-    }
-    breeds = [breed_of(pets.names[i]).replace("_", " ") for i in chosen]
-    return plot_grid(columns, breeds, f"{len(chosen)} images, each beside its mask and an overlay of both.")
-
-
-def plot_predictions(pets: Pets, predicted: Tensor, indices: Iterable[int], titles: list[str]) -> Figure:
-    """Plot images with truth, prediction and error map; wrong pixels are white, right ones dark."""
-    chosen = list(indices)
-    columns = {
-        "image": [pets.images[i].permute(1, 2, 0).numpy() for i in chosen],
-        "truth": [colorize(pets.masks[i]) for i in chosen],
-        "prediction": [colorize(predicted[i]) for i in chosen],
-        "error": [np.repeat((predicted[i] != pets.masks[i]).numpy()[..., None] * 1.0, 3, axis=2) for i in chosen],
-    }
-    return plot_grid(columns, titles, f"{len(chosen)} images with true mask, predicted mask and, in white, the errors.")
-
-
-def plot_history(history: list[dict], lines: dict[str, float]) -> Figure:
-    """Plot training loss, and validation accuracy and mean IoU, by epoch; `lines` are accuracies to compare with."""
-    alt = "Training loss by epoch; beside it validation pixel accuracy and mean IoU"
-    alt += f" with lines for {', '.join(lines)}" if lines else ""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", label=f"{alt}.")
-    epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["train_loss"] for row in history], "o-", color=GREEN)
-    left.set(title="training loss", xlabel="epoch", ylim=(0, None))
-    right.plot(epochs, [row["valid_pixel_accuracy"] for row in history], "o-", color=GREEN, label="pixel accuracy")
-    right.plot(epochs, [row["valid_mean_iou"] for row in history], "s-", color=RED, label="mean IoU")
-    for style, (name, value) in zip(cycle(("--", ":", "-.")), lines.items(), strict=False):
-        right.axhline(value, color="#555555", linestyle=style, label=name)
-    right.set(title="validation", xlabel="epoch", ylim=(0, 1))
-    right.legend(loc="lower right", fontsize=8)
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    return figure
-
-
-def plot_confusion(matrix: Tensor) -> Figure:
-    """Plot a confusion matrix as shares of each true class."""
-    shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
-    alt = "Confusion matrix: for each true class (row), the share of its pixels predicted as each class (column)."
-    figure, axes = plt.subplots(figsize=(4.6, 3.8), layout="constrained", label=alt)
-    picture = axes.imshow(shares, vmin=0, vmax=1, cmap="cividis")
-    ticks = range(len(CLASSES))
-    axes.set(xticks=ticks, yticks=ticks, xticklabels=CLASSES, yticklabels=CLASSES, xlabel="predicted", ylabel="true")
-    for i in ticks:
-        for j in ticks:
-            color = "black" if shares[i, j] > 0.5 else "white"
-            axes.text(j, i, f"{shares[i, j]:.1%}", ha="center", va="center", color=color)
-    figure.colorbar(picture, label="share of the true class")
-    return figure
-
-
-def plot_unet(steps: list[Step]) -> Figure:
-    """Draw the U from its steps: a box's height grows with the side and its width with the channels (square roots)."""
-    by_name = {step.name: step for step in steps}
-    largest = np.sqrt([step.predicted for step in steps]).max(axis=0)
-    depth = sum(name.startswith("down") for name in by_name)
-    alt = (
-        f"The U-Net drawn as a U: {depth} levels down on the left, the bottleneck at the bottom, {depth} levels up on "
-        "the right, and an arrow across each level for what it keeps. Every box is labelled with its shape."
-    )
-    figure, axes = plt.subplots(figsize=(2.5 + 1.6 * depth, 1.6 + 0.8 * depth), layout="constrained", label=alt)
-
-    def box(name: str, x: float, y: float, color: str, label_at: str) -> Box:
-        return draw_box(axes, by_name[name], x, y, largest, color, label_at)
-
-    right = 2 * depth + 1.2  # x of the top level's concatenation
-    last_down = last_concat = None  # of the level above
-    for level in range(depth):
-        y = -1.6 * level
-        down = box(f"down{level + 1}", level, y, SKY, "left")
-        concat = box(f"concat{level + 1}", right - level, y, "#CCCCCC", "above")
-        up = box(f"up{level + 1}", right - level + 0.9, y, "#F0E442", "below")
-        draw_arrow(axes, down.right, concat.left, "residual")
-        draw_arrow(axes, concat.right, up.left, "next")
-        if level:
-            draw_arrow(axes, last_down.bottom_right, down.top, "max pooling 2 × 2")
-            draw_arrow(axes, up.top, last_concat.bottom, "upsampling × 2")
-        else:
-            out = box("out", right + 1.9, y, "#CC79A7", "above")
-            draw_arrow(axes, up.right, out.left, "next")
-        last_down, last_concat = down, concat
-    bottleneck = box("bottleneck", depth + 0.1, -1.6 * depth, GREEN, "below")
-    draw_arrow(axes, last_down.bottom_right, bottleneck.top, "max pooling 2 × 2")
-    draw_arrow(axes, bottleneck.top_right, last_concat.bottom, "upsampling × 2")
-    handles = [plt.Line2D([], [], **style, label=name) for name, style in ARROWS.items() if name != "next"]
-    axes.legend(handles=handles, loc="lower left", frameon=False, fontsize=9)
-    axes.set(xlim=(-1.4, right + 2.5), ylim=(-1.6 * depth - 1.0, 1.0))
-    axes.axis("off")
-    return figure
-
-
-ARROWS = {
-    "max pooling 2 × 2": {"color": SKY, "linestyle": "-"},
-    "upsampling × 2": {"color": RED, "linestyle": "-"},
-    "residual": {"color": "#555555", "linestyle": "--"},
-    "next": {"color": "#555555", "linestyle": "-"},
-}
-
-
-class Box(NamedTuple):
-    """Points on the outline of a box, (x, y) each, where arrows begin and end."""
-
-    left: tuple[float, float]
-    right: tuple[float, float]
-    top: tuple[float, float]
-    bottom: tuple[float, float]
-    top_right: tuple[float, float]
-    bottom_right: tuple[float, float]
-
-
-def draw_box(axes: Axes, step: Step, x: float, y: float, largest: np.ndarray, color: str, label_at: str) -> Box:
-    """Draw a step's box around (x, y), dotted if the step was not reached, and label it with its traced shape."""
-    w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)  # half its width and half its height
-    style = {"facecolor": color} if step.traced else {"facecolor": "none", "linestyle": ":"}
-    axes.add_patch(Rectangle((x - w, y - h), 2 * w, 2 * h, edgecolor="black", **style))
-    text = f"{step.name}\n{shape_text(step.traced).replace(' ', '') if step.traced else 'not reached'}"
-    place, ha, va = {
-        "left": ((x - w - 0.08, y), "right", "center"),
-        "above": ((x, y + h + 0.06), "center", "bottom"),
-        "below": ((x, y - h - 0.06), "center", "top"),
-    }[label_at]
-    axes.text(*place, text, ha=ha, va=va, fontsize=8)
-    return Box((x - w, y), (x + w, y), (x, y + h), (x, y - h), (x + w, y + h), (x + w, y - h))
-
-
-def draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], kind: str) -> None:
-    """Draw an arrow of one of the kinds in `ARROWS`."""
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "lw": 1.5, **ARROWS[kind]})
-
-
 # --------------------------------------------------------------------------------------------------- run folder
 
 
@@ -1092,44 +507,341 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -
     """Call `write` on a file beside `path`, then rename it: readers see the old file or the new, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # runs may share a folder
-    with draft.open("wb") as file:
-        write(file)
-    os.replace(draft, path)
+    try:
+        with draft.open("wb") as file:
+            write(file)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> dict:
+    """Read what `torch.save` wrote, running no code that the file may hold. Errors: `InputError`."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}: name the folder of a run that has it.") from None
+    except Exception:  # torch.load has a dozen ways to fail on a damaged file, most of them in many lines
+        raise InputError(f"{path} is damaged, or not of this project: train again.") from None
 
 
 def save_weights(path: Path, model: UNet) -> None:
-    """Write the model's weights in float16, which halves the file and changes hardly a label.
+    """Write the model's weights in float16, which halves the file and changes hardly any label.
 
     Whole numbers stay as they are, and so does what float16 can't hold: a BatchNorm's variance may be above 65,504.
     """
-
-    def halved(tensor: Tensor) -> Tensor:
-        return tensor.half() if tensor.is_floating_point() and tensor.half().isfinite().all() else tensor
-
-    weights = {name: halved(tensor.cpu()) for name, tensor in model.state_dict().items()}
-    write_atomically(path, lambda file: torch.save(weights, file))
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    halved = {n: t.half() for n, t in weights.items() if t.is_floating_point() and t.half().isfinite().all()}
+    write_atomically(path, lambda file: torch.save(weights | halved, file))
 
 
 def load_weights(path: Path, model: UNet) -> None:
     """Load what `save_weights` wrote into a model of the same architecture. Errors: `InputError`."""
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise InputError(f"there are no weights {path}: give the folder of a run that has them.") from None
-    except Exception:  # torch.load has a dozen ways to fail on a damaged file, most of them in many lines
+        model.load_state_dict(load_tensors(path))
+    except (RuntimeError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged, or holds the weights of another architecture: train again.") from None
 
 
-def write_json(path: Path, data: dict) -> None:
-    """Write `data` for people and programs to read."""
-    write_atomically(path, lambda file: file.write(f"{json.dumps(data, indent=2)}\n".encode()))
-
-
-def save_run(folder: Path, metrics: dict, history: list[dict]) -> None:
-    """Write `metrics.json` and `history.csv` into a run's folder."""
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows with the same keys as a table with a header."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, history[0], lineterminator="\n")
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
-    write_atomically(folder / "history.csv", lambda file: file.write(table.getvalue().encode()))
-    write_json(folder / "metrics.json", metrics)  # last: its being there says that the run is complete
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(table.getvalue().encode()))
+
+
+def save_run(folder: Path, metrics: dict, history: list[dict], scored: dict[str, tuple[Pets, Tensor]]) -> None:
+    """Write `history.csv`, `images.csv` and, last, `metrics.json`: its being there says that the run is complete.
+
+    `scored` has the images of a split and what `evaluate` counted, (B, K, K), by the split's name.
+    """
+    counts = [f"{true}_as_{predicted}" for true in CLASSES for predicted in CLASSES]
+    images = [
+        {"split": split, "name": name, "breed": breed_of(name), **dict(zip(counts, row, strict=True))}
+        for split, (pets, matrices) in scored.items()
+        for name, row in zip(pets.names, matrices.flatten(1).tolist(), strict=True)
+    ]
+    splits = {split: {**scores(m.sum(0)), "images": len(m)} for split, (_, m) in scored.items()}
+    code = Path(__file__).read_bytes()  # named as git does: `git log --find-object=NAME` finds its commit
+    versions = {"torch": torch.__version__, "petseg_utils": hashlib.sha1(b"blob %d\0" % len(code) + code).hexdigest()}
+    text = json.dumps({**metrics, **splits, "versions": versions}, indent=2) + "\n"
+    write_csv(folder / "history.csv", history)
+    write_csv(folder / "images.csv", images)
+    write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
+
+
+def read_run(folder: Path) -> dict:
+    """Return what `save_run` wrote, with the run's `name`. Errors: `InputError` if the folder holds no complete run."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        history = csv.DictReader((folder / "history.csv").read_text().splitlines())
+        images = (folder / "images.csv").read_text().splitlines() if (folder / "images.csv").exists() else []
+        numbers = [{key: float(text) for key, text in row.items()} for row in history]
+        return {"name": folder.name, **metrics, "history": numbers, "images": list(csv.DictReader(images))}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"there is no complete run in {folder} ({error}): make the run again.") from None
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the torch device called `name`; 'auto' takes CUDA, then MPS, then the CPU. Errors: `InputError`."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [kind for kind in there if there[kind]]
+    if name not in ("auto", *usable):
+        raise InputError(f"this machine has no device {name!r}: set DEVICE to {' or '.join(map(repr, usable))}.")
+    return torch.device(usable[0] if name == "auto" else name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in; 'auto' takes bfloat16 where hardware multiplies it: emulated, it is far slower."""
+    if name != "auto":
+        return getattr(torch, name)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = any(features.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def to_input(images: Tensor, device: torch.device) -> Tensor:
+    """Return uint8 images (B, 3, N, N) as the model's input: float32 in -1 to 1, on `device`."""
+    return images.to(device).float() / 127.5 - 1
+
+
+def run_model(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
+    """Return the float32 logits (B, K, N, N) of uint8 images, computed in `precision` on the model's device."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        return model(to_input(images, device)).float()
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: Tensor, precision: torch.dtype, *, size: tuple[int, int] | None = None, flip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the most probable label of every pixel, (B, H, W) uint8, and its probability, (B, H, W) float32.
+
+    The logits are brought to `size` (H, W), that of the images unless given, bilinearly. `flip` averages the
+    probabilities with those of the mirrored images.
+    """
+    size = tuple(size or images.shape[2:])
+    model.eval()
+
+    def probabilities(batch: Tensor) -> Tensor:
+        return F.interpolate(run_model(model, batch, precision), size, mode="bilinear").softmax(dim=1)  # (B, K, H, W)
+
+    labels, confidences = torch.empty(len(images), *size, dtype=torch.uint8), torch.empty(len(images), *size)
+    for start in tqdm(range(0, len(images), 32), "predict", delay=2, leave=False):
+        part = slice(start, start + 32)
+        likely = probabilities(images[part])
+        if flip:
+            likely = (likely + probabilities(images[part].flip(3)).flip(3)) / 2
+        confidences[part], labels[part] = likely.max(dim=1)
+    return labels, confidences
+
+
+def evaluate(model: nn.Module, pets: Pets, precision: torch.dtype, *, flip: bool = False) -> Tensor:
+    """Return the confusion matrix of every image of `pets`, (B, K, K) int64; their sum is that of the whole split.
+
+    Batches are counted and forgotten: to keep the predictions for the test split at 1,024 px would take 19 GB.
+    """
+    matrices = []
+    batches = list(zip(pets.images.split(32), pets.masks.split(32), strict=True))
+    for images, masks in tqdm(batches, "score", delay=2, leave=False):
+        labels, _ = predict(model, images, precision, size=masks.shape[1:], flip=flip)
+        matrices += map(confusion_matrix, labels, masks)
+    return torch.stack(matrices)
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -> Tensor:
+    """Return cross-entropy plus `dice_weight` times soft Dice loss (Milletari et al. 2016).
+
+    Shapes: logits (B, K, N, N), masks (B, N, N) int64, result (). Cross-entropy scores pixels one by one; Dice scores
+    the overlap of whole classes, so the narrow border counts as much as the wide background. `IGNORE` doesn't count.
+    """
+    cross_entropy = F.cross_entropy(logits, masks, ignore_index=IGNORE)
+    known = (masks != IGNORE).unsqueeze(1)  # (B, 1, N, N)
+    truth = F.one_hot(masks.where(masks != IGNORE, 0), logits.shape[1]).permute(0, 3, 1, 2) * known  # (B, K, N, N)
+    probabilities = logits.softmax(dim=1) * known
+    overlap = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
+    total = (probabilities + truth).sum(dim=(0, 2, 3))
+    return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
+
+
+class Training(NamedTuple):
+    """All that changes during a training, and so what a checkpoint holds, beside the recipe and the history."""
+
+    model: nn.Module
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+
+    @classmethod
+    def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
+        """Return the model with its average, its optimiser and the schedule of the learning rate for so many steps."""
+        options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
+        if recipe.MUON:
+            optimizer = Muon(model.parameters(), **options)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), **options, fused=True)
+        if recipe.ONE_CYCLE:
+            schedule = OneCycleLR(optimizer, recipe.LEARNING_RATE, total_steps)
+        else:
+            schedule = ConstantLR(optimizer, factor=1)
+
+        def moving_average(averages: list[Tensor], currents: list[Tensor], updates: Tensor | int) -> None:
+            longest = 0.99 if recipe.AVERAGE else 0
+            decay = min(longest, (1 + int(updates)) / (10 + int(updates)))  # less at first, to forget the start
+            for average, current in zip(averages, currents, strict=True):
+                average.lerp_(current, 1 - decay)
+
+        return cls(model, AveragedModel(model, multi_avg_fn=moving_average), optimizer, schedule)
+
+    def save(self, path: Path, identity: dict, history: list[dict]) -> None:
+        """Write a checkpoint: all that going on needs."""
+        parts = {name: part.state_dict() for name, part in self._asdict().items()}
+        write_atomically(path, lambda file: torch.save({**parts, "recipe": identity, "history": history}, file))
+
+    def load(self, path: Path, identity: dict) -> list[dict]:
+        """Read a checkpoint of the same training and return its history. Errors: `InputError`."""
+        saved = load_tensors(path)
+        try:
+            theirs = saved["recipe"]
+            other = [f"{key} {theirs.get(key)}, not {own}" for key, own in identity.items() if theirs.get(key) != own]
+            if other:
+                raise InputError(f"{path} is of another run, with {'; '.join(other)}: set RESUME to False, or these.")
+            for name, part in self._asdict().items():
+                part.load_state_dict(saved[name])
+            return saved["history"]
+        except (KeyError, RuntimeError, TypeError, AttributeError):
+            raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
+
+
+def train(
+    model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe, checkpoint: Path | None = None
+) -> list[dict]:
+    """Train `model` in place, on its device, by `recipe`, and return the history: one dict per epoch.
+
+    What is validated, and is in `model` at the end, is the moving average of the weights. After every epoch the state
+    goes to `checkpoint`; with RESUME training goes on from there, on a CPU exactly as if never interrupted. Errors:
+    `InputError` for too few images, a loss that is no number, and a checkpoint that is damaged or of another training.
+    """
+    device = next(model.parameters()).device
+    precision = pick_precision(recipe.PRECISION, device)
+    # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster without on AVX2.
+    model.to(memory_format=torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format)
+    keep_freed_memory()
+    steps = count_steps(len(train_pets.names), recipe.BATCH_SIZE)  # per epoch
+    training = Training.start(model, recipe, recipe.EPOCHS * steps)
+    identity = identify(recipe, precision, train_pets, valid_pets)
+    history = []
+    if checkpoint and checkpoint.exists():
+        history = training.load(checkpoint, identity) if recipe.RESUME else set_aside(checkpoint)
+    if len(history) < recipe.SMALL_EPOCHS:
+        small = half_size(train_pets), half_size(valid_pets, masks=False)
+
+    with tqdm(total=recipe.EPOCHS * steps, initial=len(history) * steps, mininterval=1, leave=False) as bar:
+        for epoch in range(len(history) + 1, recipe.EPOCHS + 1):
+            bar.set_description(f"epoch {epoch}/{recipe.EPOCHS}")
+            torch.manual_seed(recipe.SEED * 100_003 + epoch)  # by epoch, so that a resumed run draws the same
+            seen, held_out = small if epoch <= recipe.SMALL_EPOCHS else (train_pets, valid_pets)
+            start = time.perf_counter()
+            loss = train_epoch(training, seen, recipe, bar)
+            seconds = time.perf_counter() - start
+            valid = validate(training.average.module, seen, held_out, recipe)
+            history.append({"epoch": epoch, "train_loss": loss, **valid, "seconds": seconds})
+            bar.set_postfix({"loss": f"{loss:.3f}", "valid accuracy": f"{valid['valid_pixel_accuracy']:.3f}"})
+            if checkpoint:
+                training.save(checkpoint, identity, history)
+    model.load_state_dict(training.average.module.state_dict())
+    return history
+
+
+def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> float:
+    """Pass over the images once, in random batches, and return the mean loss."""
+    model, average, optimizer, schedule = training
+    device = next(model.parameters()).device
+    precision = pick_precision(recipe.PRECISION, device)
+    model.train()
+    losses = []
+    for batch in torch.randperm(len(pets.names)).split(recipe.BATCH_SIZE):
+        if len(batch) < recipe.BATCH_SIZE:
+            break  # a smaller batch would upset BatchNorm
+        images, masks = pets.images[batch], pets.masks[batch]  # (B, 3, N, N), (B, N, N)
+        if recipe.AUGMENT:
+            images, masks = augment(images, masks)
+        logits = run_model(model, images, precision)  # (B, K, N, N)
+        loss = segmentation_loss(logits, masks.to(device).long(), recipe.DICE_WEIGHT)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InputError("the loss is no longer a number: make LEARNING_RATE smaller and train again.")
+        bar.update()
+    return sum(losses) / len(losses)
+
+
+def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe) -> dict[str, float]:
+    """Return the validation scores of averaged weights, after giving their BatchNorms statistics of their own.
+
+    In training no batch went through the averaged weights, so their running means and variances are those of other
+    weights. They are measured anew, on about ten batches of training images.
+    """
+    device = next(model.parameters()).device
+    precision = pick_precision(recipe.PRECISION, device)
+    some = train_pets.images[:: max(1, len(train_pets.images) // (10 * recipe.BATCH_SIZE))]
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        update_bn((to_input(images, device) for images in some.split(recipe.BATCH_SIZE)), model)
+    result = scores(evaluate(model, valid_pets, precision).sum(0))
+    return {"valid_pixel_accuracy": result["pixel_accuracy"], "valid_mean_iou": result["mean_iou"]}
+
+
+def count_steps(images: int, batch_size: int) -> int:
+    """Return how many full batches an epoch has. Errors: `InputError` if it has none."""
+    if images < batch_size:
+        raise InputError(f"{images} training images don't fill one batch of {batch_size}: make BATCH_SIZE smaller.")
+    return images // batch_size
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc, where there is one, to keep what is freed: the next training step needs it again.
+
+    By default the memory of large tensors goes back to Linux after each use and returns as new pages of zeros, which
+    slows the step down on the CPU.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back to Linux what is free at the end of the heap
+
+
+def identify(recipe: Recipe, precision: torch.dtype, train_pets: Pets, valid_pets: Pets) -> dict:
+    """Return all that a training depends on, to tell whether a checkpoint belongs to it."""
+    return {
+        **recipe.model_dump(exclude=Recipe.PLACES | {"FLIP"}),  # FLIP changes only how the trained net is scored
+        "PRECISION": str(precision).removeprefix("torch."),
+        "images": list(train_pets.images.shape),
+        "sum of labels": int(train_pets.masks.sum()),  # differs for other images, or other masks, of the same shape
+        "validation masks": list(valid_pets.masks.shape),
+    }
+
+
+def set_aside(checkpoint: Path) -> list:
+    """Keep a former checkpoint as `checkpoint.old.pt`, unless the one kept there went further; return no history."""
+
+    def epochs(path: Path) -> int:
+        with suppress(InputError, LookupError, TypeError):
+            return len(load_tensors(path)["history"])
+        return -1
+
+    old = checkpoint.with_suffix(".old.pt")
+    if epochs(checkpoint) >= epochs(old):
+        os.replace(checkpoint, old)
+    return []

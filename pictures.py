@@ -1,0 +1,108 @@
+"""Draw masks, grids of pictures and the U of a U-Net, in colours that colour-blind readers can tell apart.
+
+A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils` passes it on. A
+figure's label, `figure.get_label()`, is its alt text: what it shows, for those who can't see it.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import to_rgb
+from torch import Tensor
+
+# From Okabe and Ito's palette: the classes' colours are theirs alone, everything else has the others.
+COLORS = {"pet": "#E69F00", "background": "#0072B2", "border": "#1A1A1A"}
+GREEN, RED, SKY, YELLOW, PINK, GREY = "#009E73", "#D55E00", "#56B4E9", "#F0E442", "#CC79A7", "#555555"
+ARROWS = {
+    "next": {"color": GREY},
+    "max pooling 2 × 2": {"color": SKY},
+    "upsampling × 2": {"color": RED},
+    "skip": {"color": GREY, "linestyle": "--"},
+}
+
+
+def colorize(mask: Tensor, image: Tensor | None = None) -> np.ndarray:
+    """Return labels (N, N) as an RGB picture (N, N, 3) of floats; labels that are no class are grey.
+
+    With an image (3, N, N) uint8, the picture is halfway between the image and the mask.
+    """
+    palette = np.full((256, 3), 0.5)
+    palette[: len(COLORS)] = [to_rgb(color) for color in COLORS.values()]
+    colored = palette[mask.numpy()]
+    return colored if image is None else (image.permute(1, 2, 0).numpy() / 255 + colored) / 2
+
+
+def plot_grid(columns: dict[str, list], row_titles: list[str], alt: str, width: float = 2.2) -> plt.Figure:
+    """Plot columns of RGB pictures (H, W, 3) side by side, a row for each title, with the classes' legend below.
+
+    `width` is that of one picture, in inches.
+    """
+    rows = len(row_titles)
+    height, width_in_pixels = next(iter(columns.values()))[0].shape[:2]
+    size = (width * len(columns), width * rows * height / width_in_pixels + 0.6)
+    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False, layout="constrained", label=alt)
+    for j, (title, pictures) in enumerate(columns.items()):
+        axes[0, j].set_title(title, fontsize=10)
+        for i, picture in enumerate(pictures):
+            axes[i, j].imshow(picture)
+            axes[i, j].set(xticks=[], yticks=[])
+    for i, title in enumerate(row_titles):
+        axes[i, 0].set_ylabel(title, fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(COLORS), frameon=False)
+    return figure
+
+
+def plot_unet(steps: Sequence) -> plt.Figure:
+    """Draw the U from the steps of `analyse_shapes`: in a loop over those that follow one another.
+
+    A box's height grows with the side and its width with the channels (square roots, so that small ones stay visible).
+    """
+    depth = max(step.level for step in steps)
+    alt = (
+        f"The U-Net drawn as a U: {depth} levels down on the left, the bottleneck, {depth} levels up on the right, and "
+    )
+    alt += "an arrow across each level for its skip. Every box is labelled with its shape."
+    figure, axes = plt.subplots(figsize=(2.5 + 1.6 * depth, 1.6 + 0.8 * depth), layout="constrained", label=alt)
+    drawn = [step for step in steps if not step.name.startswith(("pool", "upsample"))]
+    largest = np.sqrt([step.predicted for step in drawn]).max(axis=0)
+    boxes = {step.name: draw_box(axes, step, depth, largest) for step in drawn}
+    for before, after in pairwise(drawn):
+        kind = ("next", "max pooling 2 × 2", "upsampling × 2")[np.sign(after.level - before.level)]
+        draw_arrow(axes, boxes[before.name], boxes[after.name], kind)
+    for level in range(1, depth + 1):
+        draw_arrow(axes, boxes[f"down{level}"], boxes[f"concat{level}"], "skip")
+    handles = [plt.Line2D([], [], **style, label=kind) for kind, style in ARROWS.items() if kind != "next"]
+    axes.legend(handles=handles, loc="lower left", frameon=False, fontsize=9)
+    axes.set(xlim=(-1.4, 2 * depth + 3.7), ylim=(-1.6 * depth - 1.0, 1.0))
+    axes.axis("off")
+    return figure
+
+
+def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> plt.Rectangle:
+    """Draw a step's box with its traced shape, dotted if the forward pass did not reach it, and return the box.
+
+    `largest` has the square roots of the most channels and the largest side.
+    """
+    left, right, y = step.level, 2 * depth + 1.2 - step.level, -1.6 * step.level  # the arms lean to the bottleneck
+    x, color, dx, dy = {  # dx and dy say on which side of the box its label stands
+        "down": (left, SKY, -1, 0),
+        "bottleneck": (left + 0.1, GREEN, 0, -1),
+        "concat": (right, "#CCCCCC", 0, 1),
+        "up": (right + 0.9, YELLOW, 0, -1),
+        "out": (right + 1.9, PINK, 0, 1),
+    }[step.name.rstrip("0123456789")]
+    w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)  # half its width and half its height
+    text = f"{step.name}\n{step.row['traced'].replace(' × ', '×')}"
+    ha, va = ("center", "left", "right")[dx], ("center", "bottom", "top")[dy]
+    axes.text(x + dx * (w + 0.08), y + dy * (h + 0.06), text, ha=ha, va=va, fontsize=8)
+    style = {"facecolor": color} if step.traced else {"facecolor": "none", "linestyle": ":"}
+    return axes.add_patch(plt.Rectangle((x - w, y - h), 2 * w, 2 * h, edgecolor="black", **style))
+
+
+def draw_arrow(axes: plt.Axes, start: plt.Rectangle, end: plt.Rectangle, kind: str) -> None:
+    """Draw an arrow of one of the kinds in `ARROWS` from the edge of one box to the edge of another."""
+    style = {"arrowstyle": "->", "lw": 1.5, "patchA": start, "patchB": end, **ARROWS[kind]}
+    axes.annotate("", end.get_center(), start.get_center(), arrowprops=style)
