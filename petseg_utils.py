@@ -174,7 +174,7 @@ def breed_of(name: str) -> str:
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
-    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (some 800 MB). Errors: `InputError`."""
+    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB). Errors: `InputError`."""
     folder = ROOT / data_dir / "oxford-iiit-pet"
     if download:
         try:
@@ -597,7 +597,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in; 'auto' takes bfloat16 where hardware multiplies it: emulated, it is far slower."""
+    """Return the dtype to compute in; 'auto' takes bfloat16 where hardware multiplies it; emulated it is slow."""
     if name != "auto":
         return getattr(torch, name)
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
