@@ -71,7 +71,9 @@ class Parameters(BaseModel):
             super().__init__(**given)
         except ValidationError as errors:
             error = errors.errors()[0]
-            name, value = "".join(error["loc"]), reprlib.repr(error["input"])
+            name, value = "".join(error["loc"]), error["input"]
+            # Python writes no integer of more than 4,300 digits.
+            value = "a number so large" if type(value) is int and abs(value) > 10**999 else reprlib.repr(value)
             sentence = f"{name} {error['msg'].partition(' ')[2]}, not {value}."  # without "Input" or "String"
             if error["type"] == "extra_forbidden":
                 sentence = f"there is no parameter {name}: the parameters are {', '.join(type(self).model_fields)}."
@@ -414,7 +416,8 @@ def analyse_shapes(model: UNet, side: int) -> list[Step]:
             channels = out
         channels = out
         size = f"N/{2**level}" if level else "N"
-        times = str(out) if name == "out" else f"{out // model.base_channels}b".removeprefix("1")
+        times = f"{out // model.base_channels}b" if out > model.base_channels else "b"
+        times = str(out) if name == "out" else times
         shapes = (f"{size} × {size} × {times}", (out, side / 2**level), traced.get(name))
         steps.append(Step(name, level, *shapes, parameters, flops, receptive_field(path)))
     return steps

@@ -69,10 +69,13 @@ def draw_sample_pets(root: str | Path, trainval: int = 320, test: int = 80, seed
     `side` pixels, and their trimaps (1 pet, 2 background, 3 border). The same arguments give the same bytes;
     what they drew before is kept, and what other arguments drew is replaced.
 
-    Raises ValueError if a count is below 1, `side` is below 32, or the folder exists and was not drawn here.
+    Errors: `InputError` if a count is below 1, `side` is below 32, the folder exists and was not drawn here, or nothing
+    can be written there.
     """
+    from petseg_utils import InputError  # here, for that module imports this one
+
     if min(trainval, test) < 1 or side < 32:
-        raise ValueError(f"need trainval and test >= 1 and side >= 32, got {trainval}, {test} and {side}")
+        raise InputError(f"need trainval and test >= 1 and side >= 32, got {trainval}, {test} and {side}.")
     folder = Path(root) / "oxford-iiit-pet"
     readme = folder / "annotations" / "README"
     code = zlib.crc32(Path(__file__).read_bytes())  # other code draws other pictures
@@ -82,10 +85,18 @@ def draw_sample_pets(root: str | Path, trainval: int = 320, test: int = 80, seed
         if found == note:
             return folder
         if not found.startswith(DRAWN_BY):
-            raise ValueError(f"{folder} was not drawn by draw_sample_pets, so it is left as it is: move it away")
+            raise InputError(f"{folder} was not drawn by draw_sample_pets, so it is left as it is: move it away.")
+    try:
+        _draw(folder, note, trainval, test, seed, side)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be drawn ({error}): make room, or the folder writable.") from None
+    return folder
+
+
+def _draw(folder, note, trainval, test, seed, side):
+    """Draw the dataset aside and rename it at the end: an interrupted drawing leaves no half dataset."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Drawn aside and renamed at the end: an interrupted drawing leaves no half dataset.
-    with tempfile.TemporaryDirectory(prefix=".drawing-", dir=root) as aside:
+    with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder.parent) as aside:
         new = Path(aside) / "new"
         (new / "images").mkdir(parents=True)
         (new / "annotations" / "trimaps").mkdir(parents=True)
@@ -100,9 +111,9 @@ def draw_sample_pets(root: str | Path, trainval: int = 320, test: int = 80, seed
         try:
             new.rename(folder)
         except OSError:  # somebody else was quicker with the same pictures
-            if readme.read_text() != note:
+            readme = folder / "annotations" / "README"
+            if not readme.is_file() or readme.read_text() != note:
                 raise
-    return folder
 
 
 def _save_pet(folder, seed, index, side):

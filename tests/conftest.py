@@ -1,6 +1,9 @@
-"""Fixtures that several test files share."""
+"""Fixtures and helpers that several test files share."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +12,25 @@ import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: tests need no window
 
-from petseg_utils import InputError, Pets, draw_sample_pets
+from petseg_utils import ROOT, InputError, Pets, draw_sample_pets
+
+
+@contextmanager
+def new_run_folder() -> Iterator[Path]:
+    """Make a folder in runs/ that no other test run has, and remove it at the end."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="test-", dir=ROOT / "runs"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def run_folder() -> Iterator[Path]:
+    """Return a run's folder in runs/, empty, removed afterwards."""
+    with new_run_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,7 +71,7 @@ def complains():
     @contextmanager
     def context(*words):
         with pytest.raises(InputError) as caught:
-            yield
+            yield caught
         message = str(caught.value)
         assert message.endswith(".")
         assert "\n" not in message

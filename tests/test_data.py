@@ -1,5 +1,6 @@
 """The data section: the stand-in dataset, the splits, loading, augmentation, and all broken files."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from torchvision.transforms.v2 import functional as oracle
 import petseg_utils
 from petseg_utils import (
     IGNORE,
+    IMAGE_FILE,
+    ROOT,
+    TRIMAP_FILE,
+    Pets,
     augment,
     breed_of,
     draw_sample_pets,
@@ -22,8 +27,7 @@ from petseg_utils import (
     half_size,
     hold_out,
     load_pets,
-    open_photo,
-    photo_size,
+    open_image,
     read_split,
 )
 
@@ -95,16 +99,29 @@ def test_what_was_drawn_before_is_kept_until_other_arguments_are_given(tmp_path)
     draw_sample_pets(tmp_path, trainval=2, test=2, side=48)
     assert not marker.exists()
     assert len(read_split(folder, "test")) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["oxford-iiit-pet"]  # nothing is left beside it
+    assert not list(tmp_path.glob(".drawing-*"))  # nothing is left beside it
 
 
-def test_folder_that_was_not_drawn_here_is_left_alone(tmp_path):
+def test_folder_that_was_not_drawn_here_is_left_alone(tmp_path, complains):
     precious = tmp_path / "oxford-iiit-pet" / "annotations" / "README"
     precious.parent.mkdir(parents=True)
     precious.write_text("the real dataset")
-    with pytest.raises(ValueError, match="oxford-iiit-pet"):
+    with complains(tmp_path / "oxford-iiit-pet", "move it away"):
         draw_sample_pets(tmp_path, trainval=2, test=1, side=48)
     assert contents(tmp_path) == {"oxford-iiit-pet/annotations/README": b"the real dataset"}
+
+
+def test_folder_that_cannot_be_written_to_is_told(tmp_path, complains):
+    (tmp_path / "data").touch()  # a file where a folder should be: root, too, is refused
+    with complains(tmp_path / "data" / "oxford-iiit-pet", "writable"):
+        draw_sample_pets(tmp_path / "data", trainval=2, test=1, side=48)
+
+
+@pytest.mark.parametrize("wrong", [{"trainval": 0}, {"test": 0}, {"side": 31}], ids=str)
+def test_dataset_that_cannot_be_drawn_is_told(tmp_path, complains, wrong):
+    with complains(*wrong):
+        draw_sample_pets(tmp_path, **{"trainval": 2, "test": 1, "side": 48} | wrong)
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------- splits
@@ -180,29 +197,62 @@ def test_bilinear_masks_make_the_mistake_and_leave_the_images(dataset, name):
     Image.fromarray(trimap).save(trimap_of(dataset, name))
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(image_of(dataset, name))
-    right, wrong = (load_pets(dataset, [name], 24, mask_resize=how) for how in ("nearest", "bilinear"))
+    right, wrong = (load_pets(dataset, [name], 24, resize=how) for how in ("nearest", "bilinear"))
     assert wrong.masks.unique().tolist() == [0, 1, 2]  # background where there is none
     assert torch.equal(right.images, wrong.images)
 
 
-@pytest.mark.parametrize("mask_resize", ["nearest", "bilinear"])
-def test_masks_can_be_finer_than_their_images(sample, mask_resize):
+@pytest.mark.parametrize("resize", ["nearest", "bilinear"])
+def test_masks_can_be_finer_than_their_images(sample, resize):
     names = read_split(sample, "test")[:3]
-    pets = load_pets(sample, names, 16, mask_side=48, mask_resize=mask_resize)
+    pets = load_pets(sample, names, 16, mask_side=48, resize=resize)
     assert torch.equal(pets.images, load_pets(sample, names, 16).images)
-    assert torch.equal(pets.masks, load_pets(sample, names, 48, mask_resize=mask_resize).masks)
+    assert torch.equal(pets.masks, load_pets(sample, names, 48, resize=resize).masks)
 
 
-def test_half_size_is_what_pillow_makes_and_antialiased():
-    images = torch.randint(256, (2, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    halves = half_size(images)
-    assert (halves.shape, halves.dtype) == ((2, 3, 6, 6), torch.uint8)
-    for image, half in zip(images, halves, strict=True):
+def random_pets(side: int, seed: int = 0) -> Pets:
+    """Return five images and masks of nothing but noise."""
+    random = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (5, 3, side, side), generator=random, dtype=torch.uint8)
+    masks = torch.randint(3, (5, side, side), generator=random, dtype=torch.uint8)
+    return Pets([f"pug_{i}" for i in range(5)], images, masks)
+
+
+def test_images_of_half_the_size_are_what_pillow_makes_and_antialiased():
+    pets = random_pets(12)
+    halves = half_size(pets).images
+    assert (halves.shape, halves.dtype) == ((5, 3, 6, 6), torch.uint8)
+    for image, half in zip(pets.images, halves, strict=True):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((6, 6), Image.Resampling.BILINEAR)
         assert (half.int() - torch.from_numpy(np.array(picture)).permute(2, 0, 1).int()).abs().max() <= 1
-    stripes = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    stripes = torch.zeros(5, 3, 12, 12, dtype=torch.uint8)
     stripes[..., ::2] = 255  # picking pixels would give black or white
-    assert half_size(stripes)[..., 1:-1].float().sub(127.5).abs().max() < 15
+    assert half_size(pets._replace(images=stripes)).images[..., 1:-1].float().sub(127.5).abs().max() < 15
+
+
+def test_masks_of_half_the_size_take_the_most_frequent_of_four_labels():
+    pets = random_pets(12)
+    halves = half_size(pets).masks
+    assert (halves.shape, halves.dtype) == ((5, 6, 6), torch.uint8)
+    for i, y, x in np.ndindex(5, 6, 6):
+        four = pets.masks[i, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].flatten()
+        assert halves[i, y, x] == np.bincount(four, minlength=3).argmax()
+
+
+@pytest.mark.parametrize("flipped", [(1,), (2,), (1, 2)], ids=str)
+def test_half_size_keeps_the_centre_of_images_and_masks(flipped):
+    """What is half as large and mirrored is what was mirrored and made half as large: nothing moved to one side."""
+    pets = random_pets(16)
+    mirrored = Pets(pets.names, pets.images.flip([d + 1 for d in flipped]), pets.masks.flip(flipped))
+    first, then = half_size(mirrored), half_size(pets)
+    assert torch.equal(first.masks, then.masks.flip(flipped))
+    assert (first.images.int() - then.images.flip([d + 1 for d in flipped]).int()).abs().max() <= 1
+
+
+def test_masks_that_are_only_scored_keep_their_size():
+    pets = random_pets(16)
+    assert torch.equal(half_size(pets, masks=False).masks, pets.masks)
+    assert half_size(pets, masks=False).images.shape[-1] == 8
 
 
 def test_shrunk_images_are_antialiased(dataset, name):
@@ -230,15 +280,21 @@ def name(sample) -> str:
 
 
 def image_of(dataset: Path, name: str) -> Path:
-    return dataset / "images" / f"{name}.jpg"
+    return dataset / IMAGE_FILE.format(name)
 
 
 def trimap_of(dataset: Path, name: str) -> Path:
-    return dataset / "annotations" / "trimaps" / f"{name}.png"
+    return dataset / TRIMAP_FILE.format(name)
 
 
 def test_dataset_is_found_below_its_data_dir(sample):
     assert find_dataset(sample.parent) == sample.resolve()
+
+
+def test_relative_data_dir_counts_from_the_root_wherever_one_stands(sample, tmp_path, monkeypatch):
+    relative = os.path.relpath(sample.parent, ROOT)
+    monkeypatch.chdir(tmp_path)
+    assert find_dataset(relative) == sample.resolve()
 
 
 def test_missing_dataset_is_named_with_what_to_do(tmp_path, complains):
@@ -307,10 +363,15 @@ def test_file_that_does_not_decode_is_named(dataset, name, complains, path_of, d
         load_pets(dataset, read_split(dataset, "test"), 32)
 
 
-def test_photo_without_a_size_is_named(dataset, name, complains):
-    image_of(dataset, name).write_bytes(b"")
-    with complains(image_of(dataset, name), "replace it"):
-        photo_size(dataset, name)
+def test_photo_that_does_not_decode_is_named(tmp_path, complains):
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    with complains(tmp_path / "photo.jpg", "cannot be decoded", "replace it"):
+        open_image(tmp_path / "photo.jpg")
+
+
+def test_photo_that_is_not_there_is_named(tmp_path, complains):
+    with complains(tmp_path / "photo.jpg"):
+        open_image(tmp_path / "photo.jpg")
 
 
 def test_picture_that_is_dangerously_large_is_named(dataset, name, monkeypatch, complains):
@@ -324,15 +385,17 @@ def test_trimap_with_another_value_is_named_with_the_value(dataset, name, compla
     trimap = np.array(Image.open(trimap_of(dataset, name)))
     trimap[3, 5] = stranger  # a single pixel, which resizing may well drop
     Image.fromarray(trimap).save(trimap_of(dataset, name))
-    with complains(trimap_of(dataset, name), f"value {stranger}", "replace it"):
+    with complains(trimap_of(dataset, name), f"value {stranger}", "replace it") as caught:
         load_pets(dataset, [name], 32)
+    assert "cannot be decoded" not in str(caught.value)  # it could: its own sentence must not be taken for that
 
 
 def test_trimap_of_another_size_is_named_with_both_sizes(dataset, name, complains):
     Image.new("RGB", (60, 50)).save(image_of(dataset, name))
     Image.new("L", (50, 60), 2).save(trimap_of(dataset, name))
-    with complains(trimap_of(dataset, name), "(50, 60)", "(60, 50)", "replace it"):
+    with complains(trimap_of(dataset, name), "(50, 60)", "(60, 50)", "replace it") as caught:
         load_pets(dataset, [name], 32)
+    assert "cannot be decoded" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "LA"])
@@ -477,7 +540,7 @@ def test_photo_is_turned_as_its_camera_noted(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by 90 degrees
     Image.new("L", (30, 20), 100).save(tmp_path / "lying.jpg", exif=exif)
-    photo = open_photo(tmp_path / "lying.jpg")
+    photo = open_image(tmp_path / "lying.jpg")
     assert (photo.mode, photo.size) == ("RGB", (20, 30))
 
 

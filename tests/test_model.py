@@ -11,8 +11,8 @@ from petseg_utils import UNet, check_side, conv_plus_conv
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 5, 7), (3, 1, 1)])
 def test_conv_plus_conv_changes_only_the_channels(shape):
-    n, h, w = shape
-    assert conv_plus_conv(4, 6).eval()(torch.zeros(n, 4, h, w)).shape == (n, 6, h, w)
+    count, height, width = shape
+    assert conv_plus_conv(4, 6).eval()(torch.zeros(count, 4, height, width)).shape == (count, 6, height, width)
 
 
 def test_conv_plus_conv_is_convolution_norm_and_activation_twice():
@@ -104,15 +104,15 @@ def test_gradients_reach_every_parameter(depth):
             assert parameter.grad.abs().max() > 1e-6, name
 
 
-def test_concatenation_puts_the_upsampled_before_the_residual():
+def test_concatenation_puts_the_upsampled_before_the_skip():
     model = UNet(2, 1).eval()
     caught = {}
-    model.downs[0].register_forward_hook(lambda _module, _inputs, output: caught.update(residual=output))
+    model.downs[0].register_forward_hook(lambda _module, _inputs, output: caught.update(skip=output))
     model.bottleneck.register_forward_hook(lambda _module, _inputs, output: caught.update(bottom=output))
     model.ups[0].register_forward_pre_hook(lambda _module, inputs: caught.update(joined=inputs[0]))
     model(torch.randn(1, 3, 8, 8))
     upsampled = caught["bottom"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # the nearest neighbour
-    assert torch.equal(caught["joined"], torch.cat((upsampled, caught["residual"]), dim=1))
+    assert torch.equal(caught["joined"], torch.cat((upsampled, caught["skip"]), dim=1))
 
 
 def test_pooling_keeps_the_largest_of_four():
@@ -131,8 +131,8 @@ def test_pooling_keeps_the_largest_of_four():
         (34, 2, "make it 32 or 36"),
         (7, 1, "make it 6 or 8"),
         (6, 2, "make it 4 or 8"),
-        (3, 2, "make it 4,"),
-        (16, 5, "make it 32,"),
+        (3, 2, "make it 4."),
+        (16, 5, "make it 32."),
     ],
 )
 def test_side_that_cannot_be_halved_is_told_with_sides_that_work(complains, side, depth, words):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from petseg_utils import UNet, analyse_shapes, conv_plus_conv, predict_shapes, shape_table, trace_shapes
+from petseg_utils import UNet, analyse_shapes, conv_plus_conv, html_table, trace_shapes
 
 SIZES = [(1, 1, 2), (3, 1, 10), (2, 2, 12), (5, 3, 8), (4, 3, 40), (1, 4, 64), (2, 5, 96), (1, 6, 64)]
 
@@ -24,10 +24,11 @@ def test_prediction_agrees_with_the_trace(base_channels, depth, side):
 
 @pytest.mark.parametrize(("base_channels", "depth", "side"), SIZES)
 def test_formulas_give_the_predicted_shapes(base_channels, depth, side):
-    for step in predict_shapes(UNet(base_channels, depth), side):
-        size, channels = step.formula.replace("b", "*b").split(", ")
-        channels = eval(channels.removeprefix("*"), {"b": base_channels})
-        assert (channels, eval(size, {"N": side})) == step.predicted
+    for step in analyse_shapes(UNet(base_channels, depth), side):
+        height, width, channels = step.formula.split(" × ")
+        channels = eval(channels.replace("b", "*b").removeprefix("*"), {"b": base_channels})
+        assert height == width
+        assert (channels, eval(width, {"N": side})) == step.predicted
 
 
 def test_default_model_has_the_shapes_of_the_course():
@@ -39,7 +40,11 @@ def test_default_model_has_the_shapes_of_the_course():
     assert steps["up5"].traced == (256, 16)
     assert steps["upsample1"].traced == (32, 256)  # the course's table says that it halves the channels
     assert steps["out"].traced == (3, 256)
-    assert [steps[name].formula for name in ("down1", "down3", "pool5")] == ["N, b", "N/4, 4b", "N/32, 16b"]
+    assert [steps[name].formula for name in ("down1", "down3", "pool5")] == [
+        "N × N × b",
+        "N/4 × N/4 × 4b",
+        "N/32 × N/32 × 16b",
+    ]
     assert sum(step.flops for step in steps.values()) == pytest.approx(18.85e9, abs=0.005e9)
 
 
@@ -54,7 +59,7 @@ def part_of(model: UNet, step: str) -> nn.Module | None:
 @pytest.mark.parametrize(("base_channels", "depth", "side"), SIZES)
 def test_parameters_of_every_step_and_in_all_are_the_models(base_channels, depth, side):
     model = UNet(base_channels, depth)
-    steps = predict_shapes(model, side)
+    steps = analyse_shapes(model, side)
     for step in steps:
         part = part_of(model, step.name)
         assert step.parameters == (sum(p.numel() for p in part.parameters()) if part else 0), step.name
@@ -69,7 +74,7 @@ def test_switched_off_parts_are_predicted_too(switches, fewer):
     for step in steps:
         part = part_of(model, step.name)
         assert step.parameters == (sum(p.numel() for p in part.parameters()) if part else 0), step.name
-    of_the_whole = sum(step.parameters for step in predict_shapes(UNet(3, 2), 20))
+    of_the_whole = sum(step.parameters for step in analyse_shapes(UNet(3, 2), 20))
     assert of_the_whole - sum(step.parameters for step in steps) == fewer  # a scale and a shift by channel and block
 
 
@@ -78,22 +83,22 @@ def test_flops_are_those_of_pytorchs_own_counter(base_channels, depth, side):
     model = UNet(base_channels, depth).eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side))
-    assert sum(step.flops for step in predict_shapes(model, side)) == counter.get_total_flops()
+    assert sum(step.flops for step in analyse_shapes(model, side)) == counter.get_total_flops()
 
 
 def test_flops_of_a_step_are_two_per_weight_and_position():
-    steps = {step.name: step for step in predict_shapes(UNet(4, 2), 8)}
+    steps = {step.name: step for step in analyse_shapes(UNet(4, 2), 8)}
     assert steps["down1"].flops == 2 * 8 * 8 * 9 * (3 * 4 + 4 * 4)
     assert steps["bottleneck"].flops == 2 * 2 * 2 * 9 * (8 * 8 + 8 * 8)
     assert steps["out"].flops == 2 * 8 * 8 * (4 * 3)
     assert steps["pool1"].flops == steps["upsample1"].flops == steps["concat1"].flops == 0
 
 
-def test_memory_is_that_of_the_output_in_float32():
+def test_output_in_kib_is_that_of_the_output_in_float32():
     model = UNet(3, 2).eval()
-    steps = {step.name: step for step in predict_shapes(model, 20)}
-    assert steps["out"].memory == model(torch.zeros(1, 3, 20, 20)).nbytes
-    assert steps["concat2"].memory == torch.empty(12, 10, 10).nbytes
+    rows = {step.name: step.row for step in analyse_shapes(model, 32)}
+    assert rows["out"]["output KiB"] == f"{model(torch.zeros(1, 3, 32, 32)).nbytes / 1024:.0f}"
+    assert rows["concat2"]["output KiB"] == f"{torch.empty(12, 16, 16).nbytes / 1024:.0f}"
 
 
 # ------------------------------------------------------------------- receptive field
@@ -104,10 +109,10 @@ def forward_step_by_step(model: UNet, x: Tensor) -> dict[str, Tensor]:
     outputs = {}
     for level, down in enumerate(model.downs, start=1):
         x = outputs[f"down{level}"] = down(x)
-        x = outputs[f"pool{level}"] = model.pool(x)
+        x = outputs[f"pool{level}"] = model.pools[level - 1](x)
     x = outputs["bottleneck"] = model.bottleneck(x)
     for level, up in zip(range(model.depth, 0, -1), model.ups, strict=True):
-        x = outputs[f"upsample{level}"] = model.upsample(x)
+        x = outputs[f"upsample{level}"] = model.upsamples[-level](x)
         x = outputs[f"concat{level}"] = torch.cat((x, outputs[f"down{level}"]), dim=1)
         x = outputs[f"up{level}"] = up(x)
     outputs["out"] = model.out(x)
@@ -118,7 +123,7 @@ def smooth(model: UNet) -> UNet:
     """Make every output depend on all the input it can see: positive weights, no biases, means for maxima."""
     for name, parameter in model.named_parameters():
         nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-    model.pool = nn.AvgPool2d(2)
+    model.pools = nn.ModuleList(nn.AvgPool2d(2) for _ in model.pools)
     return model.double().eval()
 
 
@@ -139,7 +144,7 @@ def test_receptive_field_is_what_the_gradient_reaches_at_most(depth, side):
             assert 0 < touched.min() <= touched.max() < side - 1  # the image's edge cuts nothing off
             widths.append(int(touched.max() - touched.min()) + 1)
         reached[name] = max(widths)
-    assert {step.name: step.receptive_field for step in predict_shapes(model, side)} == reached
+    assert {step.name: step.receptive_field for step in analyse_shapes(model, side)} == reached
 
 
 # ------------------------------------------------------------------- broken models
@@ -180,7 +185,7 @@ def test_wrong_number_of_classes_shows_in_the_last_row_only():
 @pytest.mark.parametrize(("side", "first_wrong"), [(18, "pool2"), (17, "pool1"), (4, "pool3"), (1, "pool1")])
 def test_odd_size_shows_at_the_pooling_that_cannot_halve_it(side, first_wrong):
     model = UNet(2, 3)
-    names = [step.name for step in predict_shapes(model, side)]
+    names = [step.name for step in analyse_shapes(model, side)]
     before, wrong = disagreeing(model, side)
     assert wrong[0] == first_wrong
     assert before + wrong == names
@@ -197,7 +202,7 @@ def cells_of(table: str) -> list[list[str]]:
 
 def test_table_has_a_ticked_row_for_every_step():
     steps = analyse_shapes(UNet(4, 2), 16)
-    table = shape_table(steps)
+    table = html_table([step.row for step in steps])
     rows = cells_of(table)
     assert len(re.findall("<th>", table)) == len(rows[0])
     assert [row[0] for row in rows] == [step.name for step in steps]
@@ -212,15 +217,20 @@ def test_table_of_a_broken_model_has_crosses_in_the_right_rows():
     model = UNet(4, 2)
     model.ups[0] = conv_plus_conv(16, 5)
     steps = analyse_shapes(model, 16)
-    rows = cells_of(shape_table(steps))
+    rows = cells_of(html_table([step.row for step in steps]))
     assert [row[4] for row in rows] == ["✓" if step.agrees else "✗" for step in steps]
     assert [row[4] for row in rows] == ["✓"] * 7 + ["✗"] * 5
     assert rows[-1][3] == "not reached"
 
 
 def test_table_of_an_odd_size_shows_the_half_pixel():
-    rows = cells_of(shape_table(analyse_shapes(UNet(4, 1), 9)))
+    rows = cells_of(html_table([step.row for step in analyse_shapes(UNet(4, 1), 9)]))
     assert rows[1][2:5] == ["4.5 × 4.5 × 4", "4 × 4 × 4", "✗"]
+
+
+def test_table_escapes_what_html_would_read():
+    assert cells_of(html_table([{"<b>": "a < b & c"}])) == [["a &lt; b &amp; c"]]
+    assert "<th>&lt;b&gt;</th>" in html_table([{"<b>": 1}])
 
 
 def test_tracing_leaves_the_model_untouched():

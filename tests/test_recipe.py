@@ -1,0 +1,234 @@
+"""The recipe section: what is accepted, and the one sentence that everything else gets."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from petseg_utils import InputError, Recipe, pick_device, pick_precision
+
+NAMES = list(Recipe.model_fields)
+ENDS = {  # values at the ends of their ranges, which pass
+    "DATASET": ["sample", "oxford"],
+    "DATA_DIR": ["d", "../shared"],
+    "DOWNLOAD": [True, False],
+    "LIMIT": [0, 50],
+    "IMAGE_SIZE": [32, 1024],
+    "SCORE_SIZE": [0, 8, 1024],
+    "MASK_RESIZE": ["nearest", "bilinear"],
+    "BASE_CHANNELS": [1, 256],
+    "DEPTH": [2, 6],
+    "NORMS": [1, 2],
+    "SKIPS": [True, False],
+    "EPOCHS": [1, 1000],
+    "SMALL_EPOCHS": [0, 5],
+    "BATCH_SIZE": [2, 1024],
+    "MUON": [True, False],
+    "LEARNING_RATE": [1, 1.0, 1e-6],
+    "ONE_CYCLE": [True, False],
+    "WEIGHT_DECAY": [0, 1.0],
+    "DICE_WEIGHT": [0, 100.0],
+    "AVERAGE": [True, False],
+    "AUGMENT": [True, False],
+    "FLIP": [True, False],
+    "SEED": [0, 2**31 - 1],
+    "DEVICE": ["auto", "cpu", "cuda", "mps"],
+    "PRECISION": ["auto", "float32", "bfloat16"],
+    "PHOTO": ["", "photos/cat.jpg"],
+    "RUN_NAME": ["r", "run-1.5_b+c", "2024", "x" * 100, "é" * 50],
+    "RESUME": [True, False],
+}
+BAD = {
+    "DATASET": ["", "Oxford", "coco", None, 1],
+    "DATA_DIR": ["", None, 3],
+    "DOWNLOAD": ["false", "True", 0, 1, None],
+    "LIMIT": [-1, 1, 49, 50.0, "50", True],
+    "IMAGE_SIZE": [0, -64, 7, 1025, 64.0, "64", None, 10**5000, -(10**5000)],
+    "SCORE_SIZE": [-1, 7, 1025, 64.0, "0", None],
+    "MASK_RESIZE": ["", "Nearest", "bicubic", None, 0],
+    "BASE_CHANNELS": [0, -1, 257, 8.0, "8", 10**5000],
+    "DEPTH": [0, -1, 1, 8, 2.5, "3", True],
+    "NORMS": [0, 3, 2.0, "2", True],
+    "SKIPS": ["false", 0, 1, None],
+    "EPOCHS": [0, -1, 1001, 1.5, "4", True],
+    "SMALL_EPOCHS": [-1, 6, 7, 1000, 1.0, "1", False],  # of 6 epochs
+    "BATCH_SIZE": [0, 1, 1025, 16.0, "16"],
+    "MUON": ["false", "muon", 0, 1, None],
+    "LEARNING_RATE": [0, 0.0, -0.1, 1.5, math.nan, math.inf, "0.1", True, None, 10**5000],
+    "ONE_CYCLE": ["false", 0, 1, None],
+    "WEIGHT_DECAY": [-0.1, 1.1, math.nan, "0", True, None],
+    "DICE_WEIGHT": [-0.1, 101, math.nan, math.inf, "0", False, None],
+    "AVERAGE": ["false", 0, 1, None],
+    "AUGMENT": ["false", "yes", 0, 1, None],
+    "FLIP": ["false", "yes", 0, 1, None],
+    "SEED": [-1, 2**31, 0.0, "0", False, 10**5000],
+    "DEVICE": ["", "gpu", "cuda:7", "CPU", None, 0],
+    "PRECISION": ["", "float16", "bf16", 32, None],
+    "PHOTO": [None, 3, False],
+    "RUN_NAME": ["", ".", "..", ".hidden", "a/b", "a\\b", "/tmp", "a b", "a\nb", "x" * 101, "é" * 51, None, 3],
+    "RESUME": ["false", 0, None],
+}
+
+
+def short(value: object) -> str:
+    """Return the beginning of a value; Python writes no integer of more than 4,300 digits."""
+    return "5,000 digits" if type(value) is int and abs(value) > 2**64 else repr(value)[:12]
+
+
+def pairs(examples: dict) -> list:
+    return [pytest.param(n, v, id=f"{n} {short(v)}") for n in examples for v in examples[n]]
+
+
+def test_every_parameter_has_good_and_bad_examples_here():
+    assert set(NAMES) == set(ENDS) == set(BAD)
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(ENDS))
+def test_values_at_the_ends_of_their_ranges_pass(name, value):
+    assert getattr(Recipe(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), pairs(BAD))
+def test_bad_value_ends_in_one_short_sentence_with_its_parameter(complains, name, value):
+    shown = short(value) if short(value) != "5,000 digits" else ""
+    with complains(f"{name} should ", f"not {shown}") as caught:
+        Recipe(**{name: value})
+    assert len(str(caught.value)) < 250
+
+
+def test_unknown_parameter_is_told_with_the_known_ones(complains):
+    with complains("no parameter EPOCH:", *NAMES):
+        Recipe(EPOCH=3)
+
+
+def test_unknown_parameter_is_told_before_a_wrong_value_of_another_is(complains):
+    with complains("no parameter EPOCH:"):
+        Recipe(EPOCH=3, IMAGE_SIZE=100)
+
+
+def test_what_one_number_alone_may_be_can_be_wrong_with_another(complains):
+    assert Recipe(IMAGE_SIZE=72, DEPTH=3)
+    with complains("72 is no multiple of 16", "SMALL_EPOCHS", "make it 64 or 80"):
+        Recipe(IMAGE_SIZE=72, DEPTH=3, SMALL_EPOCHS=1)
+    assert Recipe(IMAGE_SIZE=80, DEPTH=3, SMALL_EPOCHS=1)
+    with complains("SMALL_EPOCHS", "less than EPOCHS, 4", "not 4"):
+        Recipe(EPOCHS=4, SMALL_EPOCHS=4)
+
+
+@pytest.mark.parametrize(("side", "depth", "words"), [(100, 3, "96 or 104"), (64, 7, "make it 128"), (9, 2, "8 or 12")])
+def test_image_size_that_the_depth_does_not_divide_is_told_with_sizes_that_work(complains, side, depth, words):
+    with complains(str(side), f"depth {depth}", words):
+        Recipe(IMAGE_SIZE=side, DEPTH=depth)
+
+
+def test_recipe_cannot_be_changed_but_gives_a_changed_copy(complains):
+    recipe = Recipe(EPOCHS=9)
+    with pytest.raises(ValidationError):
+        recipe.EPOCHS = 10
+    other = recipe.but(SEED=7, MUON=False)
+    assert (recipe.SEED, recipe.MUON) == (0, True)
+    assert other == Recipe(EPOCHS=9, SEED=7, MUON=False)
+    with complains("no parameter EPOCH"):
+        recipe.but(EPOCH=10)
+    with complains("EPOCHS", "not 0"):
+        recipe.but(EPOCHS=0)
+
+
+def test_recipe_goes_through_what_metrics_json_records():
+    recipe = Recipe(EPOCHS=9, LEARNING_RATE=0.5, RUN_NAME="other")
+    assert Recipe(**recipe.model_dump()) == recipe
+
+
+# ------------------------------------------------------------------- of a notebook's variables
+
+
+def notebook(*injected: str, **variables) -> dict:
+    """Return what `globals()` of a notebook holds: the parameters, those that papermill injected, and much else."""
+    cells = ["import petseg_utils as pets", "DATASET: str = 'sample'", *injected]
+    return {"In": cells, "pets": ..., "EPOCH_SECONDS": 3} | Recipe().model_dump() | variables
+
+
+def test_variables_of_a_notebook_make_the_recipe():
+    assert Recipe.of_notebook(notebook(EPOCHS=9, FLIP=True)) == Recipe(EPOCHS=9, FLIP=True)
+
+
+def test_parameter_that_papermill_injected_by_a_wrong_name_is_told(complains):
+    with complains("no parameter EPOCH:"):
+        Recipe.of_notebook(notebook('# Parameters\nEPOCH = 3\nRUN_NAME = "a"\n', EPOCH=3, RUN_NAME="a"))
+
+
+def test_only_the_last_injected_cell_counts():
+    """Papermill replaces its cell when a notebook that it made is executed again; in JupyterLab both may have run."""
+    cells = ["# Parameters\nEPOCH = 3\n", "# Parameters\nEPOCHS = 3\n"]
+    assert Recipe.of_notebook(notebook(*cells, EPOCHS=3)).EPOCHS == 3
+
+
+def test_wrong_value_in_a_notebook_is_told(complains):
+    with complains("DOWNLOAD", "'false'"):
+        Recipe.of_notebook(notebook(DOWNLOAD="false"))
+
+
+def test_jupyter_shows_the_sentence_alone():
+    assert InputError("Do this.")._render_traceback_() == ["InputError: Do this."]
+
+
+# ------------------------------------------------------------------- device, precision
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that makes this machine look as if it had, or lacked, CUDA and MPS."""
+
+    def pretend(cuda: bool, mps: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "picked"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_takes_the_fastest_device_there_is(machine, cuda, mps, picked):
+    machine(cuda, mps)
+    assert pick_device("auto") == pick_device() == pick_device(picked) == torch.device(picked)
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("cuda", "mps", "wanted"), [(False, True, "cuda"), (True, False, "mps")])
+def test_device_that_is_not_there_is_told_with_those_that_are(machine, complains, cuda, mps, wanted):
+    machine(cuda, mps)
+    other = "mps" if mps else "cuda"
+    with complains(f"no device '{wanted}'", "DEVICE", f"'{other}' or 'cpu'"):
+        pick_device(wanted)
+
+
+def test_device_of_an_unknown_name_is_told(complains):
+    with complains("'abacus'", "DEVICE"):
+        pick_device("abacus")
+
+
+@pytest.mark.parametrize(("name", "picked"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_named_precision_is_taken_on_any_device(name, picked):
+    assert pick_precision(name, torch.device("cpu")) == pick_precision(name, torch.device("mps")) == picked
+
+
+@pytest.mark.parametrize(
+    ("features", "picked"),
+    [
+        ({"avx2": True, "avx512": True}, torch.float32),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx2": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16),
+    ],
+)
+def test_auto_precision_takes_bfloat16_only_where_the_processor_has_it(monkeypatch, features, picked):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert pick_precision("auto", torch.device("cpu")) == picked
+
+
+def test_auto_precision_is_float32_on_mps():
+    assert pick_precision("auto", torch.device("mps")) == torch.float32
