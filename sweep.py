@@ -71,6 +71,11 @@ def cut(value: float, digits: int) -> str:
     return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON."""
+    pets.write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
 # --------------------------------------------------------------------------------------------------- making runs
 
 
@@ -114,27 +119,31 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
     for a parameter that is wrong and a cluster that can't be used.
     """
     recipes = check_runs(runs)
-    outcomes = {}
+    outcomes: dict[str, dict] = {}
     with start_workers(cluster, workers or min(torch.cuda.device_count() or CPU_COUNT, len(runs))) as client:
         threads = threads_by_host(client)
         topic = f"runs-{uuid4().hex}"  # a scheduler that already runs may serve others, too
+        bar = tqdm(desc="runs", total=len(recipes), leave=False)
+        started: set[str] = set()
+
+        def show() -> None:
+            bar.set_postfix_str("at work: " + ", ".join(sorted(started - outcomes.keys())))
+
+        def note_start(event: tuple[float, str]) -> None:
+            started.add(event[1])
+            show()
+
+        client.subscribe_topic(topic, note_start)
         futures = {
             client.submit(make_run, recipe.model_dump(), threads, topic, key=f"{topic}-{recipe.RUN_NAME}"): recipe
             for recipe in recipes
         }
-        at_work: dict[str, None] = {}
-        bar = tqdm(as_completed(futures), "runs", len(futures), leave=False)
-
-        def note_start(event: tuple[float, str]) -> None:
-            at_work[event[1]] = None
-            bar.set_postfix_str("at work: " + ", ".join(at_work))
-
-        client.subscribe_topic(topic, note_start)
-        for future in bar:
+        for future in as_completed(futures):
             name = futures[future].RUN_NAME
             outcomes[name] = outcome_of(future, name)
-            at_work.pop(name, None)
-            bar.set_postfix_str("at work: " + ", ".join(at_work))
+            bar.update()
+            show()
+        bar.close()
     return [outcomes[name] for name in runs]
 
 
