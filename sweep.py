@@ -476,6 +476,14 @@ def border_iou(counts: np.ndarray) -> np.ndarray:
     return iou(counts)[..., -1]
 
 
+# The same scores of a whole split, for runs whose images' counts are not known.
+WHOLE: dict[Callable, Callable[[Scored], float]] = {
+    pixel_accuracy: lambda split: split.pixel_accuracy,
+    mean_iou: lambda split: split.mean_iou,
+    border_iou: lambda split: split.iou["border"] or 0.0,
+}
+
+
 class Estimate(NamedTuple):
     """A score, or the difference of two, with its 95 % interval; NaN where the images' counts are not known."""
 
@@ -554,8 +562,7 @@ class Repeated(NamedTuple):
         if all(split in run.counts for pair in pairs for run in pair):
             own, others = ([run.counts[split] for run in runs] for runs in zip(*pairs, strict=True))
             return estimate(score, own, others)
-        known = {mean_iou: "mean_iou", pixel_accuracy: "pixel_accuracy"}[score]
-        change = np.mean([getattr(getattr(a, split), known) - getattr(getattr(b, split), known) for a, b in pairs])
+        change = np.mean([WHOLE[score](getattr(a, split)) - WHOLE[score](getattr(b, split)) for a, b in pairs])
         return Estimate(float(change), float("nan"), float("nan"))
 
 
