@@ -1,7 +1,7 @@
 """Train a well-known library's U-Net beside ours: same images, same steps, same recipe, same scores.
 
-    python benchmarks/peer.py FOLDER   trains both; FOLDER holds oxford-iiit-pet; needs benchmarks/requirements.txt
-    python benchmarks/peer.py          prints the table of the README from the result that is kept
+    python -m benchmarks.peer FOLDER   trains both; FOLDER holds oxford-iiit-pet; needs benchmarks/requirements.txt
+    python -m benchmarks.peer          prints the table of the README from the result that is kept
 
 The peer is segmentation_models_pytorch's Unet with a ResNet-18 encoder, which has about as many parameters as ours,
 without pretrained weights. Both train as the ablations do, at 32 base channels, with Muon and once more with AdamW.
@@ -10,46 +10,44 @@ Prints the results and writes runs/bench/peer.json; what the README quotes is ke
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import petseg_utils as pets
+from benchmarks import ablations
+from sweep import as_script, cut, write_json
 
-import ablations  # noqa: E402
-
-import petseg_utils as pets  # noqa: E402
-
-KEPT = ROOT / "benchmarks" / "peer.json"
-COURSE = ablations.BASE | {"BASE_CHANNELS": 32}
-OPTIMISERS = {"Muon": COURSE, "AdamW": COURSE | ablations.ADAMW}
+KEPT = Path(__file__).with_suffix(".json")
 NETS = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's Unet, ResNet-18"}
 
 
-def load(data_dir: str) -> tuple[pets.Pets, pets.Pets, pets.Pets]:
-    """Return the training, validation and test images of the ablations."""
-    folder = pets.find_dataset(data_dir)
-    side, score_side, limit = (ablations.BASE[name] for name in ("IMAGE_SIZE", "SCORE_SIZE", "LIMIT"))
-    learned, held_out = pets.hold_out(pets.read_split(folder, "trainval", limit))
-    test = pets.read_split(folder, "test", limit)
+def recipes() -> dict[str, pets.Recipe]:
+    """Return the recipe of the ablations' base, with 32 base channels, for either optimiser."""
+    grid = json.loads(ablations.GRID.read_text())
+    muon = pets.Recipe(**grid["base"]).but(BASE_CHANNELS=32)
+    return {"Muon": muon, "AdamW": muon.but(**grid["changes"]["AdamW_at_2e-3"])}
+
+
+def load(folder: Path, recipe: pets.Recipe) -> tuple[pets.Pets, pets.Pets, pets.Pets]:
+    """Return the training, validation and test images as the notebook would load them."""
+    learned, held_out = pets.hold_out(pets.read_split(folder, "trainval", recipe.LIMIT), seed=recipe.SEED)
+    scored = {"mask_side": recipe.SCORE_SIZE}
+    test = pets.read_split(folder, "test", recipe.LIMIT)
     return (
-        pets.load_pets(folder, learned, side, "training images"),
-        pets.load_pets(folder, held_out, side, "validation images", mask_side=score_side),
-        pets.load_pets(folder, test, side, "test images", mask_side=score_side),
+        pets.load_pets(folder, learned, recipe.IMAGE_SIZE, "training images"),
+        pets.load_pets(folder, held_out, recipe.IMAGE_SIZE, "validation images", **scored),
+        pets.load_pets(folder, test, recipe.IMAGE_SIZE, "test images", **scored),
     )
 
 
-def new_model(name: str, smp: ModuleType) -> torch.nn.Module:
+def new_model(name: str, smp: ModuleType, recipe: pets.Recipe) -> torch.nn.Module:
     """Return an untrained net: 'ours', or the 'peer' of the package `smp`."""
+    torch.manual_seed(recipe.SEED)
     if name == "ours":
-        return pets.UNet(COURSE["BASE_CHANNELS"], depth=5)
-    model = smp.Unet("resnet18", encoder_weights=None, classes=len(pets.CLASSES))
-    # What `pets.train` notes in a checkpoint's recipe; a peer has none of it.
-    model.base_channels = model.depth = model.norms = model.skips = None
-    return model
+        return pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH)
+    return smp.Unet("resnet18", encoder_weights=None, classes=len(pets.CLASSES))
 
 
 def import_peer() -> ModuleType:
@@ -60,36 +58,36 @@ def import_peer() -> ModuleType:
         raise pets.InputError("the peer is not installed: run pip install -r benchmarks/requirements.txt.") from None
 
 
-def train_and_score(model: torch.nn.Module, splits: tuple[pets.Pets, pets.Pets, pets.Pets], parameters: dict) -> dict:
-    """Train `model` as notebook `parameters` say; return its size, speed and scores."""
+def train_and_score(
+    model: torch.nn.Module, splits: tuple[pets.Pets, pets.Pets, pets.Pets], recipe: pets.Recipe
+) -> dict:
+    """Train `model` by `recipe`; return the recipe, and the model's size, speed and scores."""
     train_pets, valid_pets, test_pets = splits
-    precision = pets.pick_precision("auto", pets.pick_device())
-    epochs, batch_size = parameters["EPOCHS"], 16
-    history = pets.train(
-        model, train_pets, valid_pets, epochs=epochs, batch_size=batch_size, precision=precision,
-        muon=parameters["MUON"], learning_rate=parameters["LEARNING_RATE"],
-    )  # fmt: skip
-    images = epochs * pets.count_steps(len(train_pets.names), batch_size) * batch_size
+    device = pets.pick_device(recipe.DEVICE)
+    history = pets.train(model.to(device), train_pets, valid_pets, recipe)
+    images = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE) * recipe.BATCH_SIZE
+    matrices = pets.evaluate(model, test_pets, pets.pick_precision(recipe.PRECISION, device), flip=recipe.FLIP)
     return {
+        "recipe": recipe.model_dump(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "images_per_second": images / sum(row["seconds"] for row in history),
-        "test": pets.scores(pets.evaluate(model, test_pets, precision=precision)),
+        "test": pets.scores(matrices.sum(0)),
     }
 
 
 def compare(data_dir: str) -> dict:
-    """Train and score both nets with both optimisers."""
+    """Train and score both nets with both optimisers. Errors: `InputError`."""
     smp = import_peer()  # before the long work
-    splits = load(data_dir)
+    folder = pets.find_dataset(data_dir)
+    splits = load(folder, recipes()["Muon"])
     runs = []
-    for optimiser, parameters in OPTIMISERS.items():
+    for optimiser, recipe in recipes().items():
         for net, label in NETS.items():
             print(f"{label}, {optimiser}")
-            torch.manual_seed(0)
-            model = new_model(net, smp).to(pets.pick_device())
-            runs.append({"net": net, "optimiser": optimiser, **train_and_score(model, splits, parameters)})
+            model = new_model(net, smp, recipe)
+            runs.append({"net": net, "optimiser": optimiser, **train_and_score(model, splits, recipe)})
     versions = {"smp": smp.__version__, "torch": torch.__version__}
-    return {"recipes": OPTIMISERS, **versions, "threads": torch.get_num_threads(), "runs": runs}
+    return {**versions, "threads": torch.get_num_threads(), "runs": runs}
 
 
 def table(kept: dict) -> str:
@@ -97,25 +95,20 @@ def table(kept: dict) -> str:
     lines = ["| net | optimiser | parameters | pixel accuracy | mean IoU | images a second |", "|---" * 6 + "|"]
     for run in kept["runs"]:
         cells = [NETS[run["net"]], run["optimiser"], f"{run['parameters']:,}"]
-        cells += [f"{pets.cut(100 * run['test']['pixel_accuracy'], 2)} %", pets.cut(run["test"]["mean_iou"], 3)]
-        lines.append(f"| {' | '.join([*cells, pets.cut(run['images_per_second'], 1)])} |")
+        cells += [f"{cut(100 * run['test']['pixel_accuracy'], 2)} %", cut(run["test"]["mean_iou"], 3)]
+        lines.append(f"| {' | '.join([*cells, cut(run['images_per_second'], 1)])} |")
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
-    """Do what the command line asks for."""
-    if not arguments:
-        print(table(json.loads(KEPT.read_text())))
-        return
-    result = compare(arguments[0])
-    pets.write_json(ROOT / "runs" / "bench" / "peer.json", result)
+def main(data_dir: str = "") -> None:
+    """Train and score, if a folder is given, and print the table."""
+    if data_dir:
+        result = compare(data_dir)
+        write_json(pets.ROOT / "runs" / "bench" / "peer.json", result)
+    else:
+        result = json.loads(KEPT.read_text())
     print(table(result))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        sys.exit(__doc__)
-    try:
-        main(sys.argv[1:])
-    except pets.InputError as error:
-        sys.exit(str(error))
+    as_script(main, __doc__)

@@ -1,15 +1,18 @@
 """How fast is a training step, and how does its cost grow? `make bench` runs this, in some five minutes on two cores.
 
-All is measured in this one process, so that ratios mean something on any machine: the step against a plain one and
-against the machine's own matrix product, and the share of the training loop that is no step. Then the cost by side,
-width, batch and number of images. Prints it, and writes throughput.json and cost.png into runs/bench; what the README
-quotes is kept in benchmarks/ and figures/.
+The project's step is measured against a plain one, against itself with the memory not kept, and against the machine's
+own matrix product; then the share of the training loop that is no step, and the cost by side, width, batch and number
+of images. What is compared takes turns, in a process each, since to keep freed memory can't be undone in a process.
+Prints it, and writes throughput.json and cost.png into runs/bench; what the README quotes is kept in benchmarks/ and
+figures/.
 """
 
 import platform
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
 from time import perf_counter
 
 import matplotlib.pyplot as plt
@@ -18,10 +21,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import petseg_utils as pets  # noqa: E402
+import petseg_utils as pets
+from sweep import as_script, cut, write_json
 
 DEVICE = pets.pick_device()
 PRECISION = pets.pick_precision("auto", DEVICE)
@@ -35,20 +36,23 @@ LABELS = {
 }
 
 
-def least_seconds(what: str, *works: Callable[[], object], rounds: int = 5) -> list[float]:
-    """Return the least time of several calls of each of `works`: what disturbs a measurement only ever adds to it.
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long a call takes."""
+    start = perf_counter()
+    work()
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
+    return perf_counter() - start
 
-    They take turns, so that a slow minute of the machine falls on all of them.
+
+def least_seconds(what: str, *works: Callable[[], float], rounds: int = 5) -> list[float]:
+    """Return the least of several measurements by each of `works`, which take turns, after one to warm up.
+
+    The least, since what disturbs a measurement only ever adds to it; in turns, so that a slow minute of the machine
+    falls on all of them.
     """
-    times = np.empty((rounds + 1, len(works)))  # seconds; the first round warms up
-    for turn in tqdm(range(rounds + 1), what, leave=False):
-        for i, work in enumerate(works):
-            start = perf_counter()
-            work()
-            if DEVICE.type != "cpu":
-                torch.accelerator.synchronize()
-            times[turn, i] = perf_counter() - start
-    return times[1:].min(axis=0).tolist()
+    times = [[work() for work in works] for _ in tqdm(range(rounds + 1), what, leave=False)]
+    return np.min(times[1:], axis=0).tolist()
 
 
 def random_pets(count: int, side: int) -> pets.Pets:
@@ -68,9 +72,16 @@ def plain_step(side: int, batch: int, width: int) -> Callable[[], None]:
 
 def fast_step(side: int, batch: int, width: int, muon: bool = False) -> Callable[[], None]:
     """Return the project's own step, with AdamW like the plain one, or with Muon."""
-    model = pets.UNet(width, DEPTH).to(DEVICE).train()
-    state = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6, muon=muon)
-    return step_of(model, state["optimizer"], PRECISION, random_pets(batch, side))
+    training = start_training(width, muon)
+    return step_of(training.model, training.optimizer, PRECISION, random_pets(batch, side))
+
+
+def start_training(width: int, muon: bool = False) -> pets.Training:
+    """Return a training set up as `pets.train` does, with AdamW unless `muon`."""
+    layout = torch.contiguous_format if PRECISION is torch.float32 else torch.channels_last
+    model = pets.UNet(width, DEPTH).to(DEVICE, memory_format=layout).train()
+    recipe = pets.Recipe(MUON=muon, LEARNING_RATE=1e-3, BASE_CHANNELS=width)
+    return pets.Training.start(model, recipe, total_steps=10**6)
 
 
 def step_of(
@@ -91,29 +102,56 @@ def step_of(
 
 
 def epoch(side: int, batch: int, width: int, images: int, augmented: bool) -> Callable[[], float]:
-    """Return an epoch of `pets.train_epoch`, set up as `pets.train` does, with AdamW like the steps."""
-    model = pets.UNet(width, DEPTH).to(DEVICE)
-    state = pets.new_training_state(model, PRECISION, learning_rate=1e-3, total_steps=10**6, muon=False)
-    data = random_pets(images, side)
-    bar = tqdm(disable=True)
-    return lambda: pets.train_epoch(data, batch, augmented, 0.5, PRECISION, **state, bar=bar)
+    """Return an epoch of `pets.train_epoch`, with AdamW like the steps."""
+    training, data, bar = start_training(width), random_pets(images, side), tqdm(disable=True)
+    recipe = pets.Recipe(IMAGE_SIZE=side, BASE_CHANNELS=width, BATCH_SIZE=batch, MUON=False, AUGMENT=augmented)
+    return lambda: pets.train_epoch(training, data, recipe, bar)
 
 
 def matrix_product(precision: torch.dtype, size: int = 1024) -> float:
     """Return the FLOP/s of a product of two square matrices."""
     a, b = (torch.randn(size, size, device=DEVICE).to(precision) for _ in range(2))
-    return 2 * size**3 / least_seconds("matrix product", lambda: a @ b)[0]
+    return 2 * size**3 / least_seconds("matrix product", lambda: seconds_of(lambda: a @ b))[0]
+
+
+HEADLINE = {  # what is measured: whether freed memory is kept, and what makes the work
+    "plain": (False, lambda: plain_step(SIDE, BATCH, WIDTH)),
+    "memory not kept": (False, lambda: fast_step(SIDE, BATCH, WIDTH)),
+    "step": (True, lambda: fast_step(SIDE, BATCH, WIDTH)),
+    "with Muon": (True, lambda: fast_step(SIDE, BATCH, WIDTH, muon=True)),
+    "loop": (True, lambda: epoch(SIDE, BATCH, WIDTH, STEPS * BATCH, augmented=True)),
+}
+WORK: list[Callable[[], object]] = []  # of this process, if it is one of those below
+
+
+def set_up(name: str, threads: int) -> None:
+    """Prepare a process to measure one thing."""
+    torch.set_num_threads(threads)
+    keep, make = HEADLINE[name]
+    if keep:
+        pets.keep_freed_memory()
+    WORK.append(make())
+
+
+def measure() -> float:
+    """Return the seconds of the work that this process was set up for."""
+    return seconds_of(WORK[0])
+
+
+def in_turns() -> dict[str, float]:
+    """Return the least seconds of each part of the headline, each measured in a process of its own, in turns."""
+    spawn, threads = get_context("spawn"), torch.get_num_threads()
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, spawn, set_up, (name, threads))) for name in HEADLINE]
+        works = [lambda pool=pool: pool.submit(measure).result() for pool in pools]
+        return dict(zip(HEADLINE, least_seconds("steps", *works), strict=True))
 
 
 def headline() -> dict:
     """Measure the step and the loop, at the size of the headline figures, all over the same number of steps."""
-    size = (SIDE, BATCH, WIDTH)
-    plain, before = least_seconds("plain step", plain_step(*size), fast_step(*size))
-    pets.keep_freed_memory()
-    loop = epoch(*size, STEPS * BATCH, augmented=True)
-    step, with_muon, loop = least_seconds("fast step", fast_step(*size), fast_step(*size, muon=True), loop)
+    plain, before, step, with_muon, loop = in_turns().values()
     images = STEPS * BATCH
-    forward = sum(s.flops for s in pets.predict_shapes(pets.UNet(WIDTH, DEPTH), SIDE))
+    forward = sum(s.flops for s in pets.analyse_shapes(pets.UNet(WIDTH, DEPTH), SIDE))
     flops = 3 * forward * images / step  # the backward pass takes twice the forward pass's
     products = {str(p).removeprefix("torch."): matrix_product(p) for p in (torch.float32, torch.bfloat16)}
     return {
@@ -136,12 +174,13 @@ def headline() -> dict:
 
 def growth() -> dict[str, dict]:
     """Measure seconds by side, width, batch and number of images, the rest being held still."""
+    pets.keep_freed_memory()
 
     def grow(sizes: list[int], *names: str) -> dict:
         """Let what `names` names grow along `sizes`."""
         still = {"side": 64, "batch": 8, "width": 32, "images": 8}
         epochs = [epoch(**still | dict.fromkeys(names, size), augmented=False) for size in sizes]
-        seconds = least_seconds(f"cost by {names[0]}", *epochs)
+        seconds = least_seconds(f"cost by {names[0]}", *(partial(seconds_of, one) for one in epochs))
         slope = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)[0]  # the smallest is mostly overhead
         return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
 
@@ -174,14 +213,14 @@ def table(measured: dict) -> str:
     """Return the headline figures as Markdown, none rounded in our favour."""
     products, memory = measured["matrix_product_gflops"], measured["step_against_memory_not_kept"]
     rows = {
-        "plain step, images a second": pets.cut(measured["plain_images_per_second"], 2),
-        "this project's step, images a second": pets.cut(measured["step_images_per_second"], 2),
-        "the step with Muon, images a second": pets.cut(measured["muon_step_images_per_second"], 2),
-        "the step against the plain one": f"{pets.cut(measured['step_against_plain'], 2)} times as fast",
-        "the step against itself, freed memory not kept": f"{pets.cut(memory, 2)} times",
-        "the step, GFLOP/s": pets.cut(measured["step_gflops"], 0),
+        "plain step, images a second": cut(measured["plain_images_per_second"], 2),
+        "this project's step, images a second": cut(measured["step_images_per_second"], 2),
+        "the step with Muon, images a second": cut(measured["muon_step_images_per_second"], 2),
+        "the step against the plain one": f"{cut(measured['step_against_plain'], 2)} times as fast",
+        "the step against itself, freed memory not kept": f"{cut(memory, 2)} times",
+        "the step, GFLOP/s": cut(measured["step_gflops"], 0),
         **{f"matrix product in {name}, GFLOP/s": f"{value:.3g}" for name, value in products.items()},
-        "the step against the faster product": f"{pets.cut(100 * measured['step_against_best_product'], 0)} %",
+        "the step against the faster product": f"{cut(100 * measured['step_against_best_product'], 0)} %",
         "share of the training loop that is no step": f"{100 * measured['share_of_training_loop_not_step']:.1f} %",
     }
     return "\n".join(["| measured | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -196,14 +235,10 @@ def main() -> None:
     result |= {"growth": growth()}
     for name, line in result["growth"].items():
         print(f"cost by {name:10} slope {line['slope']:.1f}, expected {EXPECTED[name]}")
-    pets.write_json(ROOT / "runs" / "bench" / "throughput.json", result)
-    figure = plot_growth(result["growth"])
-    pets.write_atomically(
-        ROOT / "runs" / "bench" / "cost.png", lambda file: figure.savefig(file, format="png", dpi=120)
-    )
+    write_json(pets.ROOT / "runs" / "bench" / "throughput.json", result)
+    figure, path = plot_growth(result["growth"]), pets.ROOT / "runs" / "bench" / "cost.png"
+    pets.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(__doc__)
-    main()
+    as_script(main, __doc__)

@@ -1,0 +1,245 @@
+"""The benchmarks: their tables are those that are shown, and what is malformed ends in a sentence before long work."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import petseg_utils as pets
+import sweep
+from benchmarks import ablations, peer, score, throughput
+
+
+@pytest.fixture
+def tiny_pets() -> pets.Pets:
+    """Eight pictures of noise, 16 x 16 pixels."""
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    return pets.Pets([f"pug_{i}" for i in range(8)], images, images[:, 0] % 3)
+
+
+FOLDER = pets.ROOT / "benchmarks"
+SHOWN = (FOLDER / "README.md").read_text()
+KEPT = pets.ROOT / "notebooks" / "oxford_run"
+
+
+def run_module(*arguments: object) -> subprocess.CompletedProcess:
+    """Run a module of the benchmarks as a person would."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["ablations", "peer"])
+def test_the_table_that_is_shown_is_what_the_module_prints(name):
+    printed = run_module(f"benchmarks.{name}")
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.count("\n") > 5
+    assert printed.stdout in SHOWN
+
+
+def test_the_table_of_the_speed_is_that_of_the_kept_result():
+    assert throughput.table(json.loads((FOLDER / "throughput.json").read_text())["headline"]) in SHOWN
+
+
+def test_the_kept_runs_are_those_of_the_grid():
+    grid = sweep.read_grid(ablations.GRID)
+    kept, _ = sweep.find_runs("benchmarks/ablations.csv")
+    assert len(kept) > 20
+    for run in kept:
+        wanted = pets.Recipe(**grid[f"ablations_{run.name}"]).model_dump(exclude=pets.Recipe.PLACES)
+        assert {name: run.parameters[name] for name in wanted} == wanted
+
+
+def test_a_rows_gain_is_the_difference_of_the_scores_that_are_shown():
+    rows = [line.split("|")[1:-1] for line in ablations.table(ablations.read_results()).splitlines()[2:]]
+    base = float(rows[0][1].strip(" %"))
+    assert len(rows) == 18
+    for row in rows:
+        assert f"{float(row[1].strip(' %')) - base:+.2f}" == row[2].strip()
+
+
+def test_the_most_by_which_two_seeds_differ_is_told():
+    kept = ablations.read_results()
+    first = {name.removesuffix("_seed_0"): float(ablations.gain(kept, name)) for name in kept if name[-1] == "0"}
+    second = {name.removesuffix("_seed_1"): float(ablations.gain(kept, name)) for name in kept if name[-1] == "1"}
+    assert f"differ by up to {max(abs(first[name] - second[name]) for name in second):.2f} points" in SHOWN
+
+
+def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
+    template = sweep.check_run(pets.read_run(KEPT))
+    matrix = torch.tensor([[5, 2, 3], [1, 8, 1], [2, 2, 6]]).flatten().numpy()
+    runs = []
+    for change, more in (("base", 0), ("no_skips", 2)):
+        counts = {"test": {f"image_{i}": matrix + more * (torch.arange(9) == i % 9).numpy() for i in range(20)}}
+        runs.append(template.model_copy(update={"name": f"ablations_{change}_seed_0", "counts": counts}))
+    ablations.write_results(runs, tmp_path / "table.csv")
+
+    rows = ablations.read_results(tmp_path / "table.csv")
+    assert list(rows) == ["base_seed_0", "no_skips_seed_0"]
+    assert rows["base_seed_0"]["gain_low"] == ""
+    assert float(rows["no_skips_seed_0"]["gain_low"]) < float(rows["no_skips_seed_0"]["gain_high"])
+    again = sweep.read_table(tmp_path / "table.csv")
+    assert again[0].test.pixel_accuracy == pytest.approx(template.test.pixel_accuracy, abs=1e-6)
+    assert again[1].recipe == template.recipe
+
+
+def test_the_peer_trains_by_the_recipe_that_it_records(tiny_pets):
+    recipe = peer.recipes()["AdamW"].but(IMAGE_SIZE=16, DEPTH=2, BASE_CHANNELS=4, BATCH_SIZE=4, EPOCHS=2)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 3, 1))
+    before = net[0].weight.clone()
+    result = peer.train_and_score(net, (tiny_pets, tiny_pets, tiny_pets), recipe)
+    assert not torch.equal(net[0].weight, before)
+    assert pets.Recipe(**result["recipe"]) == recipe
+    assert result["test"]["confusion_matrix"]
+    assert result["parameters"] == sum(p.numel() for p in net.parameters())
+
+
+def test_both_optimisers_of_the_peer_differ_in_nothing_else():
+    muon, adamw = peer.recipes().values()
+    assert muon.MUON
+    assert not adamw.MUON
+    assert adamw.but(MUON=True, LEARNING_RATE=muon.LEARNING_RATE) == muon
+    assert muon.BASE_CHANNELS == 32
+
+
+def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
+    """What keeps freed memory must not be in the process of the plain step."""
+    order = []
+
+    class Pool:
+        def __init__(self, _workers, _context, set_up, arguments):
+            self.name = arguments[0]
+            assert set_up is throughput.set_up
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def submit(self, _work):
+            order.append(self.name)
+            return self
+
+        def result(self):
+            return len(order)
+
+    monkeypatch.setattr(throughput, "ProcessPoolExecutor", Pool)
+    seconds = throughput.in_turns()
+    names = list(throughput.HEADLINE)
+    assert order == names * 6
+    assert seconds["plain"] == len(names) + 1  # the least after the round that warms up
+    assert [name for name in names if not throughput.HEADLINE[name][0]] == ["plain", "memory not kept"]
+
+
+# ------------------------------------------------------------------------------------------------- score.py
+
+
+def damaged(change) -> str:
+    """Return the metrics.json of the kept run, as if it had been scored on twelve images, with a change."""
+    metrics = json.loads((KEPT / "metrics.json").read_text())
+    metrics["test"]["images"] = 12  # as many as the drawn dataset has, so that only the change is wrong
+    change(metrics)
+    return json.dumps(metrics)
+
+
+MALFORMED = {
+    "garbage": b"\x93\x00\xff garbage",
+    "empty": b"",
+    "half": (KEPT / "metrics.json").read_bytes()[:700],
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "nested too deep": b"[" * 100_000,
+    "no parameters": damaged(lambda m: m.pop("parameters")),
+    "parameters a list": damaged(lambda m: m.update(parameters=[1])),
+    "a parameter missing": damaged(lambda m: m["parameters"].pop("SKIPS")),
+    "a stranger among them": damaged(lambda m: m["parameters"].update(EPOCH=3)),
+    "a text for a number": damaged(lambda m: m["parameters"].update(DEPTH="5")),
+    "out of range": damaged(lambda m: m["parameters"].update(IMAGE_SIZE=-128)),
+    "a huge net": damaged(lambda m: m["parameters"].update(BASE_CHANNELS=10**9)),
+    "another dataset": damaged(lambda m: m["parameters"].update(DATASET="sample")),
+    "no test": damaged(lambda m: m.pop("test")),
+    "test a text": damaged(lambda m: m.update(test="good")),
+    "accuracy a text": damaged(lambda m: m["test"].update(pixel_accuracy="high")),
+    "accuracy NaN": damaged(lambda m: m["test"].update(pixel_accuracy=float("nan"))),
+    "accuracy 7": damaged(lambda m: m["test"].update(pixel_accuracy=7)),
+    "other classes": damaged(lambda m: m["test"].update(iou={"cat": 0.5})),
+    "images a text": damaged(lambda m: m["test"].update(images="many")),
+    "another net": damaged(lambda m: m["parameters"].update(BASE_CHANNELS=16)),
+    "other images": damaged(lambda m: m["test"].update(images=3)),
+}
+
+
+@pytest.fixture
+def no_long_work(monkeypatch):
+    """Make loading the images of a split a failure."""
+    monkeypatch.setattr(pets, "load_pets", lambda *_, **__: pytest.fail("the long work began"))
+
+
+@pytest.fixture
+def run_copy(tmp_path):
+    """A copy of the kept run, without its notebook."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("history.csv", "weights.pt"):
+        shutil.copy(KEPT / name, folder)
+    (folder / "metrics.json").write_text(damaged(lambda metrics: None))
+    return folder
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_run_is_refused_in_a_sentence_before_the_work(name, run_copy, sample, no_long_work, complains):
+    content = MALFORMED[name]
+    (run_copy / "metrics.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with complains():
+        score.main(str(sample.parent), str(run_copy))
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "history.csv", "weights.pt"])
+@pytest.mark.parametrize("what", ["missing", "empty", "a folder"])
+def test_a_damaged_file_is_refused_in_a_sentence_before_the_work(file, what, run_copy, sample, no_long_work, complains):
+    (run_copy / file).unlink()
+    if what == "empty":
+        (run_copy / file).touch()
+    if what == "a folder":
+        (run_copy / file).mkdir()
+    with complains():
+        score.main(str(sample.parent), str(run_copy))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nowhere",), ("README.md",), ("x" * 300,), (".", "nowhere"), (".", "README.md")]
+)
+def test_a_wrong_folder_ends_in_a_sentence_and_not_with_0(arguments):
+    done = run_module("benchmarks.score", *arguments)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.strip().endswith(".")
+
+
+@pytest.mark.parametrize("arguments", [(), (".", ".", ".")])
+def test_wrong_usage_shows_the_usage(arguments):
+    done = run_module("benchmarks.score", *arguments)
+    assert done.returncode == 1
+    assert "python -m benchmarks.score FOLDER [RUN]" in done.stderr
+
+
+def test_weights_are_scored_again(run_copy, sample, capsys):
+    """The kept net on twelve drawings: what is said to be then is made up, what is now is computed."""
+    metrics = json.loads((run_copy / "metrics.json").read_text())
+    score.main(str(sample.parent), str(run_copy))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith("on 12 test images") for line in lines)
+    assert f"{metrics['test']['pixel_accuracy']:.6f} then" in lines[0]
+    now = float(lines[0].split()[1])
+    assert 0.2 < now < 1
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "words"), [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")]
+)
+def test_cut_never_rounds_up(value, digits, words):
+    assert sweep.cut(value, digits) == words
