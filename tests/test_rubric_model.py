@@ -150,10 +150,7 @@ def test_gradients_reach_every_parameter():
 
 @pytest.mark.parametrize(("side", "depth", "sides"), [(33, 5, ("32", "64")), (34, 2, ("32", "36")), (3, 2, ("4",))])
 def test_side_that_cannot_be_halved_is_refused(side, depth, sides):
-    try:
+    with pytest.raises(InputError) as caught:
         UNet(1, depth).eval()(torch.zeros(1, 3, side, side))
-    except InputError as error:
-        for wanted in sides:
-            assert wanted in str(error), f"expected the sides that work, {' and '.join(sides)}, found {error}"
-        return
-    raise AssertionError(f"expected an InputError for the side {side} at depth {depth}, found none")
+    for wanted in sides:
+        assert wanted in str(caught.value), f"expected the sides that work, {' and '.join(sides)}, found {caught.value}"
