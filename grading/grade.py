@@ -1,4 +1,4 @@
-"""Grade a hand-in by the rubric: `python grading/grade.py --hand-in FOLDER --out FOLDER [--quick]`.
+"""Grade a hand-in by the rubric: `python -m grading.grade --hand-in FOLDER --out FOLDER [--quick]`.
 
 The hand-in's petseg_utils.py and notebooks/pet_segmentation.ipynb are copied beside the grader's own everything else,
 afresh for every criterion, whose tests run in a process of their own. This process never imports the hand-in; it
@@ -18,27 +18,29 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-os.environ |= {"MPLBACKEND": "Agg", "TQDM_DISABLE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-sys.dont_write_bytecode = True
-
-# Imported here once, so that every criterion's process, forked from this one, has them at once.
-import matplotlib.pyplot
-import pydantic
 import pytest
-import sklearn.metrics
 import torch
-import torchvision.datasets
-import torchvision.transforms.v2  # noqa: F401
 
-from sandbox import Job, Outcome, run_jobs
+from grading.notebook import SECONDS as RUN_SECONDS
+from grading.notebook import execute
+from grading.sandbox import Job, Outcome, run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE, NOTEBOOK = Path("petseg_utils.py"), Path("notebooks/pet_segmentation.ipynb")
 OWN = ("muon.py", "pictures.py", "sample_pets.py", "conftest.py", "pyproject.toml")  # the grader's own, for everybody
+HEAVY = ("matplotlib.pyplot", "pydantic", "sklearn.metrics", "torchvision.datasets", "torchvision.transforms.v2")
 CANARY = "grading/canary.py"
 SECONDS = 60  # for a criterion that doesn't say otherwise
 LARGEST = 50 * 2**20  # bytes of a file handed in
+SETTINGS = {"MPLBACKEND": "Agg", "TQDM_DISABLE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+
+
+def prepare() -> None:
+    """Import here, once, what every criterion's process needs: they are forked from this one and have it at once."""
+    os.environ |= SETTINGS
+    sys.dont_write_bytecode = True
+    for name in HEAVY:
+        importlib.import_module(name)
 
 
 class Criterion(NamedTuple):
@@ -92,10 +94,11 @@ def find(hand_in: Path, file: Path) -> Path:
     return path
 
 
-def stage(folder: Path, module: Path, notebook: Path) -> Path:
-    """Copy all that a criterion needs into a new folder: the grader's own, and one module and one notebook."""
-    own = [*OWN, *(path.relative_to(ROOT) for name in ("tests", "grading") for path in (ROOT / name).glob("*.py"))]
-    for source, target in [*((ROOT / name, name) for name in own), (module, MODULE), (notebook, NOTEBOOK)]:
+def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
+    """Copy all that a criterion needs into a new folder: the grader's own, one module and perhaps one notebook."""
+    files = {Path(name): ROOT / name for name in OWN} | {MODULE: module} | ({NOTEBOOK: notebook} if notebook else {})
+    files |= {path.relative_to(ROOT): path for name in ("tests", "grading") for path in (ROOT / name).glob("*.py")}
+    for target, source in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_bytes(source.read_bytes())
     return folder
@@ -176,49 +179,60 @@ def judge(criterion: Criterion, expected: list[str], outcome: Outcome, folder: P
     return Result(criterion, False, why, outcome.seconds)
 
 
-def expected_tests(criteria: list[Criterion], folder: Path) -> dict[str, list[str]]:
+def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
     """Return the node ids of each criterion's tests, as collected with the project's own module."""
-    stage(folder, ROOT / MODULE, ROOT / NOTEBOOK)
     tests = sorted({test for criterion in criteria for test in criterion.tests})
-    job = Job("collect", lambda report: run_pytest(folder, tests, report, "--collect-only"), SECONDS)
-    reports = run_jobs([job], [], 1, SECONDS)["collect"].reports
-    ids = next((r["collected"] for r in reports if "collected" in r), [])
-    found = {c.id: [i for i in ids if i.partition("[")[0] in c.tests or i in c.tests] for c in criteria}
-    for criterion in criteria:
-        for test in criterion.tests:
-            if not any(i == test or i.startswith(f"{test}[") for i in found[criterion.id]):
-                sys.exit(f"rubric.toml: criterion {criterion.id} names {test}, which is not there.")
-    return found
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = stage(Path(temporary).resolve(), ROOT / MODULE)
+        job = Job("collect", lambda report: run_pytest(folder, tests, report, "--collect-only"), SECONDS)
+        reports = run_jobs([job], [], 1, SECONDS)["collect"].reports
+    ids = next((report["collected"] for report in reports if "collected" in report), [])
+    found = {test: [nodeid for nodeid in ids if nodeid == test or nodeid.startswith(f"{test}[")] for test in tests}
+    if absent := [test for test in tests if not found[test]]:
+        sys.exit(f"rubric.toml names {absent[0]}, which is not there.")
+    return {c.id: [nodeid for test in c.tests for nodeid in found[test]] for c in criteria}
 
 
 # ------------------------------------------------------------------- grading
 
 
+def plan(folder: Path, module: Path, notebook: Path, criteria: list[Criterion]) -> list[Job]:
+    """Return the jobs that grade a hand-in in `folder`: one for every criterion, named by its folder."""
+    run, stored = folder / "run", folder / "stored"
+    jobs = []
+    if any(c.notebook for c in criteria):
+        jobs.append(Job(str(run), lambda report: execute(stage(run, module, notebook), report), RUN_SECONDS))
+
+    def work(c: Criterion, report: Callable[[dict], None]) -> None:
+        own = stage(folder / c.id, ROOT / MODULE if c.notebook else module)
+        if c.notebook:
+            os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
+            if not stored.exists():
+                stage(stored, module, notebook)
+        run_pytest(own, [*c.tests, CANARY], report)
+
+    for c in criteria:
+        after = str(run) if c.notebook else ""
+        jobs.append(Job(str(folder / c.id), lambda report, c=c: work(c, report), c.seconds, after))
+    return jobs
+
+
 def grade(module: Path, notebook: Path, rubric: Rubric, workers: int = 2) -> tuple[list[Result], str]:
     """Return a result for every criterion, and the notebook's quiz in words."""
+    prepare()
+    expected = expected_tests(rubric.criteria)
     with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
         top = Path(temporary).resolve()
-        expected = expected_tests(rubric.criteria, top / "expected")
-        jobs, folders = [], {}
-        if any(c.notebook for c in rubric.criteria):
-            import notebook as runner  # nbformat and its kin are slow to import, and a quick grading does without
+        jobs = plan(top, module, notebook, rubric.criteria)
+        outcomes = run_jobs(jobs, read_only(module, notebook), workers, rubric.seconds)
+        results = [judge(c, expected[c.id], outcomes[str(top / c.id)], top / c.id) for c in rubric.criteria]
+        run = outcomes.get(str(top / "run"))
+        return results, next((report["quiz"] for report in run.reports if "quiz" in report), "") if run else ""
 
-            run = stage(top / "run", module, notebook)
-            stage(top / "stored", module, notebook)
-            jobs.append(Job("run", lambda report: runner.execute(run, report), runner.SECONDS))
-        for c in rubric.criteria:
-            folders[c.id] = stage(top / "criteria" / c.id, ROOT / MODULE if c.notebook else module, notebook)
 
-            def work(report: Callable[[dict], None], c: Criterion = c) -> None:
-                os.environ["GRADED_RUN"], os.environ["GRADED_STORED"] = str(top / "run"), str(top / "stored")
-                run_pytest(folders[c.id], [*c.tests, CANARY], report)
-
-            jobs.append(Job(c.id, work, c.seconds, after="run" if c.notebook else ""))
-        read_only = [ROOT, module.parent, notebook.parent, Path(sys.prefix).resolve()]
-        outcomes = run_jobs(jobs, read_only, workers, rubric.seconds)
-        results = [judge(c, expected[c.id], outcomes[c.id], folders[c.id]) for c in rubric.criteria]
-        quiz = [r["quiz"] for r in outcomes["run"].reports if "quiz" in r] if "run" in outcomes else []
-    return results, quiz[0] if quiz else ""
+def read_only(*files: Path) -> list[Path]:
+    """Return the folders that no hand-in may write to: the project, the environment, and those of what it handed in."""
+    return [ROOT, Path(sys.prefix).resolve(), *(file.parent for file in files)]
 
 
 # ------------------------------------------------------------------- telling
@@ -259,7 +273,7 @@ def main() -> None:
     rubric = read_rubric(quick=given.quick)
     files = [find(given.hand_in, file).absolute() for file in (MODULE, NOTEBOOK)]
     results, quiz = grade(*files, rubric, workers=min(4, os.cpu_count() or 1))
-    for c, passed, why, seconds in results:
+    for c, passed, why, _ in results:
         print(f"{'pass' if passed else 'FAIL'}  {c.points * passed:2} of {c.points:2}  {c.id:14} {c.sentence}")
         if not passed:
             print(f"{'':18}why: {why}" + (f"\n{'':18}hint: {c.hint}" if given.hints and c.hint else ""))
