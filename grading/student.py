@@ -4,12 +4,17 @@ Bodies are cut out by the syntax tree, so that the solution needs no markers; do
 """
 
 import ast
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
+
+from grading.grade import Criterion, expected_tests, judge, plan, prepare, read_only, read_rubric
+from grading.sandbox import run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 TO_WRITE = {  # by name, in the order in which it can be solved
@@ -103,7 +108,28 @@ def write_edition(folder: Path) -> None:
     )
 
 
+def prove() -> list[int]:
+    """Return the points of the module's criteria for the edition as it is, and as each function is put back in turn."""
+    prepare()
+    rubric = read_rubric(quick=True).criteria
+    expected = expected_tests(rubric)
+    every = Criterion("all", 0, "", [test for c in rubric for test in c.tests], seconds=120)  # in one process: quicker
+    names = list(TO_WRITE)
+    with tempfile.TemporaryDirectory(prefix="student-", ignore_cleanup_errors=True) as temporary:
+        jobs, folders = [], [Path(temporary).resolve() / str(solved) for solved in range(len(names) + 1)]
+        for solved, folder in enumerate(folders):
+            folder.mkdir()
+            module = folder / "petseg_utils.py"
+            module.write_text(without_bodies((ROOT / "petseg_utils.py").read_text(), names[solved:]))
+            jobs += plan(folder, module, module, [every])
+        outcomes = run_jobs(jobs, read_only(), min(4, os.cpu_count() or 1), 900)
+        places = [folder / every.id for folder in folders]
+        return [sum(c.points * judge(c, expected[c.id], outcomes[str(p)], p).passed for c in rubric) for p in places]
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--prove"]:
+        sys.exit(print(*prove()))
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "student"
     if target.exists() and any(target.iterdir()) and not (target / "grading" / "rubric.toml").exists():
         sys.exit(f"{target} holds something else: name another folder.")
