@@ -6,7 +6,7 @@ BIN := .venv/bin
 NOTEBOOK := notebooks/pet_segmentation.ipynb
 COMPARE := notebooks/compare_runs.ipynb
 
-.PHONY: run compare test lab bench outputs
+.PHONY: run compare test lab bench outputs grade mutants student
 
 run: .venv/installed
 	mkdir -p "runs/$(NAME)"
@@ -35,6 +35,18 @@ bench: .venv/installed
 outputs: .venv/installed
 	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOK) $(COMPARE)
+
+# Grade a hand-in by grading/rubric.toml, or the project itself without HAND_IN; QUICK=1 judges the module alone.
+grade: .venv/installed
+	@$(BIN)/python -m grading.grade $(if $(HAND_IN),--hand-in "$(HAND_IN)") $(if $(OUT),--out "$(OUT)") $(if $(QUICK),--quick)
+
+# Grade some hundred seeded faults and harmless variants: each fault has to cost its criterion.
+mutants: .venv/installed
+	$(BIN)/python -m grading.mutate
+
+# Write the edition for students into student/.
+student: .venv/installed
+	$(BIN)/python -m grading.student
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
