@@ -72,9 +72,7 @@ class Parameters(BaseModel):
         except ValidationError as errors:
             error = errors.errors()[0]
             name, value = "".join(error["loc"]), error["input"]
-            value = (
-                "more digits than Python writes" if type(value) is int and abs(value) > 10**999 else reprlib.repr(value)
-            )
+            value = "so many digits" if type(value) is int and abs(value) > 10**999 else reprlib.repr(value)
             sentence = f"{name} {error['msg'].partition(' ')[2]}, not {value}."  # without "Input" or "String"
             if error["type"] == "extra_forbidden":
                 sentence = f"there is no parameter {name}: the parameters are {', '.join(type(self).model_fields)}."
