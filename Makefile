@@ -23,6 +23,8 @@ compare: .venv/installed
 	@echo "Done: open runs/compare.html"
 
 test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --nbval
 
 lab: .venv/installed

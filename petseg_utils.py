@@ -72,8 +72,7 @@ class Parameters(BaseModel):
         except ValidationError as errors:
             error = errors.errors()[0]
             name, value = "".join(error["loc"]), error["input"]
-            # Python writes no integer of more than 4,300 digits.
-            value = "a number so large" if type(value) is int and abs(value) > 10**999 else reprlib.repr(value)
+            value = "so many digits" if type(value) is int and abs(value) > 10**999 else reprlib.repr(value)
             sentence = f"{name} {error['msg'].partition(' ')[2]}, not {value}."  # without "Input" or "String"
             if error["type"] == "extra_forbidden":
                 sentence = f"there is no parameter {name}: the parameters are {', '.join(type(self).model_fields)}."
@@ -416,8 +415,8 @@ def analyse_shapes(model: UNet, side: int) -> list[Step]:
             channels = out
         channels = out
         size = f"N/{2**level}" if level else "N"
-        times = f"{out // model.base_channels}b" if out > model.base_channels else "b"
-        times = str(out) if name == "out" else times
+        multiple = out // model.base_channels
+        times = str(out) if name == "out" else f"{multiple}b" if multiple > 1 else "b"
         shapes = (f"{size} × {size} × {times}", (out, side / 2**level), traced.get(name))
         steps.append(Step(name, level, *shapes, parameters, flops, receptive_field(path)))
     return steps
@@ -800,8 +799,9 @@ def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recip
     device = next(model.parameters()).device
     precision = pick_precision(recipe.PRECISION, device)
     some = train_pets.images[:: max(1, len(train_pets.images) // (10 * recipe.BATCH_SIZE))]
+    batches = [batch for batch in some.split(recipe.BATCH_SIZE) if len(batch) == recipe.BATCH_SIZE]
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        update_bn((to_input(images, device) for images in some.split(recipe.BATCH_SIZE)), model)
+        update_bn((to_input(batch, device) for batch in batches), model)
     result = scores(evaluate(model, valid_pets, precision).sum(0))
     return {"valid_pixel_accuracy": result["pixel_accuracy"], "valid_mean_iou": result["mean_iou"]}
 

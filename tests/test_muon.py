@@ -1,0 +1,81 @@
+"""The optimiser Muon, against PyTorch's own and the singular value decomposition."""
+
+import pytest
+import torch
+from torch import nn
+
+from muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)], ids=["wide", "tall"])
+def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape):
+    """The oracle is PyTorch's singular value decomposition."""
+    torch.manual_seed(0)
+    u, values, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(0.1, 5, len(values))
+    levelled = u.T @ orthogonalize(u * values @ v) @ v.T
+    assert 0.6 < levelled.diagonal().min() <= levelled.diagonal().max() < 1.3
+    assert (levelled - levelled.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_muon_steps_as_pytorchs_own_does_on_the_flattened_kernel():
+    """PyTorch's Muon takes matrices only, and computes in bfloat16: hence the tolerance."""
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(32, 16, 3, 3))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    start = matrix.detach().clone()
+    ours = Muon([kernel], lr=0.01, weight_decay=0.5)
+    theirs = torch.optim.Muon([matrix], lr=0.01, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        kernel.grad = torch.randn_like(kernel)
+        matrix.grad = kernel.grad.flatten(1)
+        ours.step()
+        theirs.step()
+    difference = kernel.detach().flatten(1) - matrix.detach()
+    assert difference.norm() < 0.03 * (matrix.detach() - start).norm()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_muon_moves_a_vector_as_far_whatever_its_gradients_scale(scale):
+    vector = nn.Parameter(torch.zeros(100))
+    vector.grad = scale * torch.linspace(-1, 1, 100)
+    Muon([vector], lr=0.01, weight_decay=0.0).step()
+    assert 0.6 < vector.detach().square().mean().sqrt() / (0.2 * 0.01) < 1.3
+    assert torch.equal(vector.sign(), -vector.grad.sign())
+
+
+def test_muon_leaves_a_parameter_without_gradient_alone():
+    used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    used.sum().backward()
+    Muon([used, unused], lr=0.1).step()
+    assert unused.eq(1).all()
+    assert not used.eq(1).any()
+
+
+def test_muon_shrinks_the_weights_by_the_decay_times_the_rate():
+    torch.manual_seed(0)
+    plain = nn.Parameter(torch.randn(6, 4))
+    decayed = nn.Parameter(plain.detach().clone())
+    before = plain.detach().clone()
+    for parameter, weight_decay in ((plain, 0.0), (decayed, 0.5)):
+        parameter.grad = torch.ones(6, 4)
+        Muon([parameter], lr=0.1, weight_decay=weight_decay).step()
+    torch.testing.assert_close(plain - decayed, 0.1 * 0.5 * before)
+
+
+def test_muon_goes_on_from_its_state_as_if_never_interrupted():
+    def steps(optimizer, parameter, seeds):
+        for seed in seeds:
+            parameter.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+
+    whole, first = (nn.Parameter(torch.ones(6, 4)) for _ in range(2))
+    optimizer = Muon([whole], lr=0.1)
+    steps(optimizer, whole, range(4))
+    former = Muon([first], lr=0.1)
+    steps(former, first, range(2))
+    second = nn.Parameter(first.detach().clone())
+    later = Muon([second], lr=0.7)
+    later.load_state_dict(former.state_dict())
+    steps(later, second, range(2, 4))
+    assert torch.equal(second, whole)
