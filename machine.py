@@ -4,8 +4,9 @@ A file of its own, since nobody has to read it to learn about segmentation; `pet
 """
 
 import ctypes
+import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -82,17 +83,36 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
     tensors = sum(side / 4**level * (2 * coming + 6 * out) for level, coming, out in layers(recipe))
     training = recipe.BATCH_SIZE * (4 * tensors + 200 * side)
     scoring = 32 * (32 * recipe.BASE_CHANNELS * side + 80 * score)
-    looking = 70 * score * min(images.get("test", 0), 800)  # the cells on errors and calibration take some images
-    return int(700e6 + data + 70 * count_weights(recipe) + max(training, scoring, looking))
+    tests = int(images.get("test", 0))
+    looking = 75 * score * len(range(0, tests, max(1, tests // 400)))  # the cells on errors and sureness take some
+    if pick_device(recipe.DEVICE).type != "cpu":
+        training = scoring = 0  # a device's own memory is not forecast
+    return int(1e9 + data + 70 * count_weights(recipe) + max(training, scoring, looking))
 
 
 def free_memory() -> int:
-    """Return how many bytes this process can still get, in its container where there is one."""
+    """Return how many bytes this process has or can still get, in its container where there is one."""
     free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no limit reads "max"
+    with suppress(OSError, ValueError, TypeError):  # without a container there are no such files, or they say "max"
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
+        cache = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - used + int(cache[1]))  # what is cached of files gives way
+    own = psutil.Process().memory_info()
+    with suppress(AttributeError):  # only Linux tells
+        limit, _ = psutil.Process().rlimit(psutil.RLIMIT_AS)
+        free = min(free, limit - own.vms) if limit > 0 else free
+    return free + own.rss
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Turn what Python, PyTorch and Pillow raise for want of memory into an `InputError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory|could not create", str(error)):
+            raise
+        raise InputError("the memory ran out: make BATCH_SIZE, IMAGE_SIZE, SCORE_SIZE or LIMIT smaller.") from None
 
 
 def check_memory(recipe: BaseModel, images: dict[str, int]) -> None:

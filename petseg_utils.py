@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 # Files of their own, which nobody has to read to learn about segmentation; what they offer is passed on.
-from machine import check_memory, keep_freed_memory, pick_device, pick_precision, room_for  # noqa: F401
+from machine import check_memory, keep_freed_memory, memory_told, pick_device, pick_precision, room_for  # noqa: F401
 from muon import Muon
 from parameters import InputError, Parameters, check_folder_name, reason
 from pictures import COLORS, GREEN, RED, colorize, plot_grid, plot_unet  # noqa: F401
@@ -115,7 +115,7 @@ def check_side(side: int, depth: int, halved_first: bool = False) -> None:
 # --------------------------------------------------------------------------------------------------- data
 
 IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"  # in the dataset's folder, by an image's name
-MAX_PIXELS = 50_000_000  # of one image, lest its prediction take more memory than all the rest
+MAX_PIXELS = 25_000_000  # of one image, lest its prediction take more memory than all the rest
 
 
 class Pets(NamedTuple):
@@ -200,7 +200,8 @@ def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Imag
                 raise ValueError("it is to be shown turned, and nothing tells whether its trimap is turned, too")
             image = ImageOps.exif_transpose(file)
     except Exception as error:  # Pillow's decoders have many ways to fail on a damaged file
-        raise InputError(f"{path} cannot be decoded ({reason(error)}): replace it by an intact image file.") from None
+        why = reason(error).removesuffix(f" {str(path)!r}")
+        raise InputError(f"{path} cannot be decoded ({why}): replace it by an intact image file.") from None
     if rgb and image.mode == "P":
         image = image.convert("RGBA")  # a palette with transparency converts straight to RGB only with a warning
     return image.convert("RGB") if rgb else image
@@ -219,6 +220,7 @@ def open_trimap(path: Path, size: tuple[int, int]) -> Image.Image:
     return trimap
 
 
+@memory_told()
 def load_pets(
     folder: Path, names: list[str], side: int, title: str = "images", *, mask_side: int = 0, resize: str = "nearest"
 ) -> Pets:
@@ -593,6 +595,7 @@ def predict(
     return labels, confidences
 
 
+@memory_told()
 def evaluate(model: nn.Module, pets: Pets, precision: torch.dtype, *, flip: bool = False) -> Tensor:
     """Return the confusion matrix of every image of `pets`, (B, K, K) int64; their sum is that of the whole split.
 
@@ -684,6 +687,7 @@ class Training(NamedTuple):
             raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
 
 
+@memory_told()
 def train(
     model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe, checkpoint: Path | None = None
 ) -> list[dict]:
