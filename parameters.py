@@ -14,6 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class InputError(ValueError):
     """A mistake a user can make, in one sentence: what is wrong, where, and what to do."""
 
+    def __init__(self, sentence: str) -> None:
+        sentence = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", sentence)  # one line, whatever a name holds
+        super().__init__(sentence if len(sentence) <= 2500 else f"{sentence[:1200]} … {sentence[-1200:]}")
+
     def _render_traceback_(self) -> list[str]:
         """Let Jupyter and papermill show the sentence alone: the stack would only hide it."""
         return [f"InputError: {self}"]
@@ -23,8 +27,8 @@ def brief(value: object) -> str:
     """Return a value as one short line for a sentence, whatever it is."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return f"a number of {value.bit_length():,} bits"
+    except ValueError:  # of an integer of more than 4,300 digits
+        return "more digits than Python writes"
 
 
 def reason(error: Exception) -> str:

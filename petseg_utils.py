@@ -138,10 +138,9 @@ def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
         try:
             OxfordIIITPet(folder.parent, download=True)
         except Exception as error:  # of the network, the archive or the disk; a cut connection is no OSError
-            by_hand = (
-                "unpack images.tar.gz and annotations.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets there"
-            )
-            raise InputError(f"downloading {folder} failed ({reason(error)}): try again, or {by_hand}.") from None
+            by_hand = "unpack images.tar.gz and annotations.tar.gz from www.robots.ox.ac.uk/~vgg/data/pets there"
+            why = f"{reason(error)}): check the network and try again, or {by_hand}"
+            raise InputError(f"downloading {folder} failed ({why}.") from None
     if not os.path.isdir(folder):
         raise InputError(f"there is no dataset at {folder}: set DATA_DIR to the folder that holds it, or DOWNLOAD.")
     return folder.resolve()
@@ -783,8 +782,9 @@ def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recip
     device = next(model.parameters()).device
     precision = pick_precision(recipe.PRECISION, device)
     some = train_pets.images[:: max(1, len(train_pets.images) // (10 * recipe.BATCH_SIZE))]
+    batches = [batch for batch in some.split(recipe.BATCH_SIZE) if len(batch) == recipe.BATCH_SIZE]
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        update_bn((to_input(images, device) for images in some.split(recipe.BATCH_SIZE)), model)
+        update_bn((to_input(batch, device) for batch in batches), model)
     result = scores(evaluate(model, valid_pets, precision).sum(0))
     return result["pixel_accuracy"], result["mean_iou"]
 

@@ -7,17 +7,9 @@ wrong is told in one last sentence.
 import os
 import sys
 from pathlib import Path
-
-import click
-from filelock import FileLock, Timeout
-from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
-from nbconvert.preprocessors import CoalesceStreamsPreprocessor
-from papermill.cli import papermill
-from papermill.exceptions import PapermillExecutionError
+from unittest.mock import patch
 
 from parameters import InputError, check_folder_name, reason
-from safe_files import write_atomically
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOK = ROOT / "notebooks" / "pet_segmentation.ipynb"
@@ -29,9 +21,16 @@ def run(name: str, options: list[str]) -> Path:
     folder = ROOT / "runs" / name
     draft = folder / "unfinished.ipynb"  # what stays of a run that fails
     try:
+        # Imported here, for it takes seconds, before which a bad name is told.
+        from filelock import FileLock, Timeout
+        from nbconvert import HTMLExporter
+        from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+        from safe_files import write_atomically
+
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".notebook.lock", timeout=0):
-            execute(folder, draft, ["-r", "RUN_NAME", name, *options])
+            execute(draft, ["-r", "RUN_NAME", name, *options])
             exporter = HTMLExporter(template_name="classic", preprocessors=[CoalesceStreamsPreprocessor])
             page, _ = exporter.from_filename(str(draft))
             write_atomically(folder / "notebook.html", lambda file: file.write(page.encode()))
@@ -42,35 +41,36 @@ def run(name: str, options: list[str]) -> Path:
         raise InputError(
             f"{folder} cannot be written to ({reason(error)}): make room, or choose another NAME."
         ) from None
+    except (KeyboardInterrupt, SystemExit):  # papermill exits when its kernel dies, as it does after Ctrl-C
+        kept = folder / "checkpoint.pt"
+        go_on = (
+            f"{kept} keeps the complete epochs, to go on from with -p RESUME True" if kept.exists() else "start again"
+        )
+        raise InputError(f"the run was stopped, by Ctrl-C or for want of memory: {go_on}.") from None
     return folder / "notebook.html"
 
 
-def execute(folder: Path, draft: Path, options: list[str]) -> None:
+def execute(draft: Path, options: list[str]) -> None:
     """Let papermill execute the notebook into `draft`. Errors: `InputError`, for all that a cell can do, too."""
+    import click
+    from papermill.cli import papermill
+    from papermill.exceptions import PapermillExecutionError
+
     command = ["--log-output", str(NOTEBOOK), str(draft), *options]
     try:
-        papermill.main(command, standalone_mode=False)
+        with patch("traceback.print_exc"):  # by which papermill would tell of a dead kernel, at length
+            papermill.main(command, standalone_mode=False)
     except PapermillExecutionError as error:
         if error.ename == "InputError":
             raise InputError(error.evalue) from None
-        where = f"it is in {draft}"
-        raise InputError(
-            f"cell {error.exec_count} ended with {error.ename}: {reason(error.evalue)}; {where}."
-        ) from None
-    except (KeyboardInterrupt, click.Abort):
-        raise InputError(f"interrupted: {go_on(folder)}.") from None
-    except DeadKernelError:
-        raise InputError(f"the notebook's process died, perhaps for want of memory: {go_on(folder)}.") from None
+        why = f"cell {error.exec_count} ended with {error.ename}: {reason(error.evalue)}"
+        raise InputError(f"{why}; it is in {draft}.") from None
+    except click.Abort:
+        raise KeyboardInterrupt from None
     except click.ClickException as error:
         raise InputError(
             f"papermill does not understand its options ({error.format_message()}): correct them."
         ) from None
-
-
-def go_on(folder: Path) -> str:
-    """Return what a stopped run has kept, and what to do."""
-    kept = folder / "checkpoint.pt"
-    return f"{kept} keeps the complete epochs, to go on from with -p RESUME True" if kept.exists() else "start again"
 
 
 def quieten_kernel() -> None:

@@ -1216,7 +1216,7 @@ def test_finished_notebook_survives_a_run_that_fails(run_name):
     assert good.communicate(timeout=300)[0].strip().endswith("notebook.html")
     kept = (folder / "notebook.ipynb").read_bytes()
     for value in ("EPOCHS 0", "EPOCH 3", "pets 5", "PHOTO nothing.jpg", f"PHOTO {'x' * 300}", f"EPOCHS 1{'0' * 5000}",
-                  f"RUN_NAME {'猫' * 100}", "DATASET cats", "SCORE_SIZE 7", "DEVICE abacus"):  # fmt: skip
+                  "DATASET cats", "SCORE_SIZE 7", "DEVICE abacus"):  # fmt: skip
         bad = start(run_name, value)
         errors = bad.communicate(timeout=300)[1]
         assert bad.returncode == 1
@@ -1233,7 +1233,8 @@ def test_interrupted_run_ends_in_one_sentence_and_goes_on(run_name, seconds):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 1
-    told(errors.strip().splitlines()[-1], "interrupted")
+    told(errors.strip().splitlines()[-1], "stopped")
+    assert "Traceback" not in errors
     note("Ctrl-C in make run", "one sentence")
 
 
@@ -1256,7 +1257,8 @@ def test_kernel_that_dies_is_told(run_name):
         child.kill()
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 1
-    told(errors.strip().splitlines()[-1], "died")
+    told(errors.strip().splitlines()[-1], "stopped")
+    assert "Traceback" not in errors
     note("kill -9 of a notebook's kernel", "one sentence")
 
 
@@ -1267,7 +1269,7 @@ def test_forecast_of_the_memory_is_about_what_a_notebook_takes(run_name, values)
     peak = 0
     while process.poll() is None:
         for child in machine.psutil.Process(process.pid).children(recursive=True):
-            with suppress(OSError, machine.psutil.Error):
+            with suppress(OSError, IndexError, machine.psutil.Error):  # one that ends just now
                 text = Path(f"/proc/{child.pid}/status").read_text()
                 peak = max(peak, 1024 * int(text.partition("VmHWM:")[2].split()[0]))
         time.sleep(0.2)
