@@ -6,14 +6,10 @@ BIN := .venv/bin
 NOTEBOOK := notebooks/pet_segmentation.ipynb
 COMPARE := notebooks/compare_runs.ipynb
 
-.PHONY: run compare test lab bench outputs grade mutants student
+.PHONY: run compare test faults lab bench outputs grade mutants student
 
 run: .venv/installed
-	mkdir -p "runs/$(NAME)"
-	$(BIN)/papermill --log-output $(NOTEBOOK) "runs/$(NAME)/notebook.ipynb" -r RUN_NAME "$(NAME)" $(ARGS)
-	$(BIN)/jupyter nbconvert --log-level WARN --to html --template classic "runs/$(NAME)/notebook.ipynb" \
-		--HTMLExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor  # one line a progress bar
-	@echo "Done: open runs/$(NAME)/notebook.html"
+	@$(BIN)/python run_notebook.py "$(NAME)" $(ARGS)
 
 # Put runs side by side: two small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
 compare: .venv/installed
@@ -26,6 +22,10 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --nbval
+
+# The long form of the fault tests: kills, full disks, damaged files, and every parameter, some ten minutes.
+faults: .venv/installed
+	PETSEG_FAULTS=long $(BIN)/python -m pytest tests/test_faults.py
 
 lab: .venv/installed
 	$(BIN)/jupyter lab $(NOTEBOOK)

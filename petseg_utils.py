@@ -6,17 +6,13 @@ masks are (B, N, N) uint8 labels, each an index into `CLASSES`, or `IGNORE`.
 """
 
 import csv
-import ctypes
 import hashlib
 import html
-import io
 import json
 import math
 import os
-import re
-import reprlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -27,7 +23,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
@@ -38,8 +34,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 # Files of their own, which nobody has to read to learn about segmentation; what they offer is passed on.
+from machine import check_memory, keep_freed_memory, memory_told, pick_device, pick_precision, room_for  # noqa: F401
 from muon import Muon
+from parameters import InputError, Parameters, check_folder_name, reason
 from pictures import COLORS, GREEN, RED, colorize, plot_grid, plot_unet  # noqa: F401
+from safe_files import load_tensors, own_folder, read_names, save_tensors, write_atomically, write_csv
 from sample_pets import draw_sample_pets  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent
@@ -47,48 +46,7 @@ CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shift
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
 
 
-class InputError(ValueError):
-    """A mistake a user can make, in one sentence: what is wrong, where, and what to do."""
-
-    def _render_traceback_(self) -> list[str]:
-        """Let Jupyter and papermill show the sentence alone: the stack would only hide it."""
-        return [f"InputError: {self}"]
-
-
 # --------------------------------------------------------------------------------------------------- recipe
-
-
-class Parameters(BaseModel):
-    """A notebook's parameters, under the names of its variables: type, default, range and meaning.
-
-    Errors: `InputError` for an unknown name, a wrong type, a value out of range, or values that don't fit together.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-    def __init__(self, **given: object) -> None:
-        try:
-            super().__init__(**given)
-        except ValidationError as errors:
-            error = errors.errors()[0]
-            name, value = "".join(error["loc"]), error["input"]
-            value = "so many digits" if type(value) is int and abs(value) > 10**999 else reprlib.repr(value)
-            sentence = f"{name} {error['msg'].partition(' ')[2]}, not {value}."  # without "Input" or "String"
-            if error["type"] == "extra_forbidden":
-                sentence = f"there is no parameter {name}: the parameters are {', '.join(type(self).model_fields)}."
-            raise (error["ctx"]["error"] if error["type"] == "value_error" else InputError(sentence)) from None
-
-    @classmethod
-    def of_notebook(cls, variables: dict) -> Self:
-        """Return the parameters that a notebook's variables, its `globals()`, spell. Errors: `InputError`."""
-        # Papermill writes what it was given into a cell of its own: only there does a misspelt name show.
-        cells = [cell for cell in variables["In"] if cell.startswith("# Parameters\n")]
-        injected = re.findall(r"^(\w+) = ", cells[-1], re.MULTILINE) if cells else []
-        return cls(**{name: variables[name] for name in (*cls.model_fields, *injected)})
-
-    def but(self, **changes: object) -> Self:
-        """Return the same with some parameters changed. Errors: `InputError`."""
-        return type(self)(**self.model_dump() | changes)
 
 
 class Recipe(Parameters):
@@ -130,9 +88,7 @@ class Recipe(Parameters):
     @model_validator(mode="after")
     def fits_together(self) -> Self:
         """Check what no single bound can say."""
-        if not re.fullmatch(r"\w[\w.+-]*", self.RUN_NAME) or len(self.RUN_NAME.encode()) > 100:
-            wanted = "a folder's name of letters, digits and _ . + -, of at most 100 bytes"
-            raise InputError(f"RUN_NAME should be {wanted}, not {reprlib.repr(self.RUN_NAME)}.")
+        check_folder_name(self.RUN_NAME, "RUN_NAME")
         for name, least in (("LIMIT", 50), ("SCORE_SIZE", 8)):
             if 0 < getattr(self, name) < least:
                 raise InputError(f"{name} should be 0 or at least {least}, not {getattr(self, name)}.")
@@ -159,6 +115,7 @@ def check_side(side: int, depth: int, halved_first: bool = False) -> None:
 # --------------------------------------------------------------------------------------------------- data
 
 IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"  # in the dataset's folder, by an image's name
+MAX_PIXELS = 25_000_000  # of one image, lest its prediction take more memory than all the rest
 
 
 class Pets(NamedTuple):
@@ -180,8 +137,10 @@ def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
     if download:
         try:
             OxfordIIITPet(folder.parent, download=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"downloading {folder} failed ({error}): check the network, or put it there.") from None
+        except Exception as error:  # of the network, the archive or the disk; a cut connection is no OSError
+            by_hand = "unpack images.tar.gz and annotations.tar.gz from www.robots.ox.ac.uk/~vgg/data/pets there"
+            why = f"{reason(error)}): check the network and try again, or {by_hand}"
+            raise InputError(f"downloading {folder} failed ({why}.") from None
     if not os.path.isdir(folder):
         raise InputError(f"there is no dataset at {folder}: set DATA_DIR to the folder that holds it, or DOWNLOAD.")
     return folder.resolve()
@@ -191,18 +150,23 @@ def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[
     """Return the image names of a split ('trainval' or 'test'), all or `limit` of them drawn by `seed`, sorted.
 
     The split file decides, not the folder: the real one holds pictures that no split lists. Errors: `InputError` for
-    a split file without names, and for a name without image or trimap.
+    a split file without names, a name that the other split has, too, and a name without image or trimap.
     """
     path = folder / "annotations" / f"{split}.txt"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
+    names = read_names(path) if path.is_file() else {}
     if not names:
         raise InputError(f"{path} is missing or names no images: extract the dataset's annotations again.")
-    files = [pattern.format(name) for name in names for pattern in (IMAGE_FILE, TRIMAP_FILE)]
-    missing = [file for file in files if not (folder / file).is_file()]
+    other = path.with_name("test.txt" if split == "trainval" else "trainval.txt")
+    others = read_names(other) if other.is_file() else {}
+    for name in names.keys() & others.keys():
+        lines = f"{path} has in line {names[name]} what {other} has in line {others[name]}"
+        raise InputError(f"{lines}, {name}: an image must not be in two splits, so remove one line.")
+    files = {pattern.format(name): line for name, line in names.items() for pattern in (IMAGE_FILE, TRIMAP_FILE)}
+    missing = [file for file in files if not os.path.isfile(folder / file)]
     if missing:
-        raise InputError(f"{path} names {len(missing)} files that are not there, first {missing[0]}: extract them.")
-    return sorted(np.random.default_rng(seed).permutation(names)[:limit].tolist() if limit else names)
+        first = f"{missing[0]} of line {files[missing[0]]}"
+        raise InputError(f"{path} names {len(missing)} files that are not there, first {first}: extract them.")
+    return sorted(np.random.default_rng(seed).permutation(list(names))[:limit].tolist() if limit else names)
 
 
 def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -219,13 +183,24 @@ def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[li
     return [name for name in names if name not in held], [name for name in names if name in held]
 
 
-def open_image(path: str | Path, rgb: bool = True) -> Image.Image:
-    """Decode an image file of any format, turned the way its camera noted, as RGB or as it is. Errors: `InputError`."""
+def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Image.Image:
+    """Decode an image file of any format, turned the way its camera noted, as RGB or as it is.
+
+    `paired` says that a trimap belongs to it, whose size has to show that it was turned, too. Errors: `InputError`.
+    """
     try:
         with Image.open(path) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"its {file.width} x {file.height} pixels are more than {MAX_PIXELS:,}")
+            if rgb and file.mode.startswith(("I", "F")):  # Pillow would clip them to white, or to black
+                raise ValueError(f"its mode {file.mode} has more than 8 bits a channel")
+            turn = file.getexif().get(0x112, 1) if paired else 1  # from 5 on, width and height are exchanged
+            if turn in (2, 3, 4) or (turn > 4 and file.width == file.height):
+                raise ValueError("it is to be shown turned, and nothing tells whether its trimap is turned, too")
             image = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be decoded ({error}): replace it by an intact image file.") from None
+    except Exception as error:  # Pillow's decoders have many ways to fail on a damaged file
+        why = reason(error).removesuffix(f" {str(path)!r}")
+        raise InputError(f"{path} cannot be decoded ({why}): replace it by an intact image file.") from None
     if rgb and image.mode == "P":
         image = image.convert("RGBA")  # a palette with transparency converts straight to RGB only with a warning
     return image.convert("RGB") if rgb else image
@@ -244,6 +219,7 @@ def open_trimap(path: Path, size: tuple[int, int]) -> Image.Image:
     return trimap
 
 
+@memory_told()
 def load_pets(
     folder: Path, names: list[str], side: int, title: str = "images", *, mask_side: int = 0, resize: str = "nearest"
 ) -> Pets:
@@ -255,8 +231,15 @@ def load_pets(
     images = torch.empty(len(names), 3, side, side, dtype=torch.uint8)
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
-    def load(index: int) -> None:
-        image = open_image(folder / IMAGE_FILE.format(names[index]))
+    def load(index: int) -> str:
+        try:
+            fill(index)
+        except InputError as error:
+            return str(error).rstrip(".")
+        return ""
+
+    def fill(index: int) -> None:
+        image = open_image(folder / IMAGE_FILE.format(names[index]), paired=True)
         trimap = open_trimap(folder / TRIMAP_FILE.format(names[index]), image.size)
         # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and must never be mixed.
         images[index] = v2.functional.pil_to_tensor(image.resize((side, side), Image.Resampling.BILINEAR))
@@ -264,7 +247,12 @@ def load_pets(
         masks[index] = torch.from_numpy(np.array(trimap)) - 1  # 1, 2, 3 -> 0, 1, 2
 
     with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(load, range(len(names))), title, len(names), leave=False))
+        faults = [fault for fault in tqdm(pool.map(load, range(len(names))), title, len(names), leave=False) if fault]
+    if len(faults) > 1:
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(f"{len(faults)} of {len(names)} {title} are unusable: {'; '.join(faults[:10])}{more}.")
+    if faults:
+        raise InputError(f"{faults[0]}.")
     return Pets(names, images, masks)
 
 
@@ -486,8 +474,10 @@ def scores(matrix: Tensor) -> dict:
 
     `pixel_accuracy` is the share of the diagonal; per class, with true positives TP, false positives FP and false
     negatives FN, `iou` is TP / (TP + FP + FN) and `dice` is 2 TP / (2 TP + FP + FN). A class that neither occurs
-    nor is predicted has no score (None) and stays out of `mean_iou`.
+    nor is predicted has no score (None) and stays out of `mean_iou`. Errors: `InputError` if nothing was counted.
     """
+    if not matrix.any():
+        raise InputError("there are no pixels to score: use a split that has images, with labels.")
     right = matrix.diagonal()
     union = matrix.sum(0) + matrix.sum(1) - right
     iou = [int(tp) / int(all_) if all_ else None for tp, all_ in zip(right, union, strict=True)]
@@ -505,26 +495,14 @@ def scores(matrix: Tensor) -> dict:
 # --------------------------------------------------------------------------------------------------- run folder
 
 
-def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Call `write` on a file beside `path`, then rename it: readers see the old file or the new, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # runs may share a folder
-    try:
-        with draft.open("wb") as file:
-            write(file)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def open_run(recipe: Recipe) -> Path:
+    """Return the run's folder, runs/RUN_NAME, to which this process alone may write until it ends.
 
-
-def load_tensors(path: Path) -> dict:
-    """Read what `torch.save` wrote, running no code that the file may hold. Errors: `InputError`."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}: name the folder of a run that has it.") from None
-    except Exception:  # torch.load has a dozen ways to fail on a damaged file, most of them in many lines
-        raise InputError(f"{path} is damaged, or not of this project: train again.") from None
+    Errors: `InputError` if another does, or if the disk is too full for the run or can't be written to.
+    """
+    folder = ROOT / "runs" / recipe.RUN_NAME
+    own_folder(folder, room_for(recipe))
+    return folder
 
 
 def save_weights(path: Path, model: UNet) -> None:
@@ -534,7 +512,7 @@ def save_weights(path: Path, model: UNet) -> None:
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     halved = {n: t.half() for n, t in weights.items() if t.is_floating_point() and t.half().isfinite().all()}
-    write_atomically(path, lambda file: torch.save(weights | halved, file))
+    save_tensors(path, weights | halved)
 
 
 def load_weights(path: Path, model: UNet) -> None:
@@ -543,15 +521,6 @@ def load_weights(path: Path, model: UNet) -> None:
         model.load_state_dict(load_tensors(path))
     except (RuntimeError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged, or holds the weights of another architecture: train again.") from None
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows with the same keys as a table with a header."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(table.getvalue().encode()))
 
 
 def save_run(folder: Path, metrics: dict, history: list[dict], scored: dict[str, tuple[Pets, Tensor]]) -> None:
@@ -587,26 +556,6 @@ def read_run(folder: Path) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------- training
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """Return the torch device called `name`; 'auto' takes CUDA, then MPS, then the CPU. Errors: `InputError`."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [kind for kind in there if there[kind]]
-    if name not in ("auto", *usable):
-        raise InputError(f"this machine has no device {name!r}: set DEVICE to {' or '.join(map(repr, usable))}.")
-    return torch.device(usable[0] if name == "auto" else name)
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in; 'auto' takes bfloat16 where hardware multiplies it; emulated it is slow."""
-    if name != "auto":
-        return getattr(torch, name)
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = any(features.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
@@ -646,17 +595,18 @@ def predict(
     return labels, confidences
 
 
+@memory_told()
 def evaluate(model: nn.Module, pets: Pets, precision: torch.dtype, *, flip: bool = False) -> Tensor:
     """Return the confusion matrix of every image of `pets`, (B, K, K) int64; their sum is that of the whole split.
 
     Batches are counted and forgotten: to keep the predictions for the test split at 1,024 px would take 19 GB.
     """
-    matrices = []
+    matrices = [torch.zeros(0, len(CLASSES), len(CLASSES), dtype=torch.int64)]
     batches = list(zip(pets.images.split(32), pets.masks.split(32), strict=True))
     for images, masks in tqdm(batches, "score", delay=2, leave=False):
         labels, _ = predict(model, images, precision, size=masks.shape[1:], flip=flip)
-        matrices += map(confusion_matrix, labels, masks)
-    return torch.stack(matrices)
+        matrices += [confusion_matrix(*pair)[None] for pair in zip(labels, masks, strict=True)]
+    return torch.cat(matrices)
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -> Tensor:
@@ -672,6 +622,9 @@ def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -
     overlap = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
     total = (probabilities + truth).sum(dim=(0, 2, 3))
     return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
+
+
+HISTORY = ("epoch", "train_loss", "valid_pixel_accuracy", "valid_mean_iou", "seconds")  # what an epoch leaves
 
 
 class Training(NamedTuple):
@@ -706,7 +659,7 @@ class Training(NamedTuple):
     def save(self, path: Path, identity: dict, history: list[dict]) -> None:
         """Write a checkpoint: all that going on needs."""
         parts = {name: part.state_dict() for name, part in self._asdict().items()}
-        write_atomically(path, lambda file: torch.save({**parts, "recipe": identity, "history": history}, file))
+        save_tensors(path, {**parts, "recipe": identity, "history": history})
 
     def load(self, path: Path, identity: dict) -> list[dict]:
         """Read a checkpoint of the same training and return its history. Errors: `InputError`."""
@@ -716,51 +669,82 @@ class Training(NamedTuple):
             other = [f"{key} {theirs.get(key)}, not {own}" for key, own in identity.items() if theirs.get(key) != own]
             if other:
                 raise InputError(f"{path} is of another run, with {'; '.join(other)}: set RESUME to False, or these.")
+            history = saved["history"]
+            numbers = [[float(row[column]) for column in HISTORY] for row in history]
+            if [row[0] for row in numbers] != list(range(1, len(numbers) + 1)):
+                raise ValueError("the epochs are not numbered from 1")
             for name, part in self._asdict().items():
+                if saved[name].keys() != part.state_dict().keys():
+                    raise KeyError(name)
                 part.load_state_dict(saved[name])
-            return saved["history"]
-        except (KeyError, RuntimeError, TypeError, AttributeError):
+            for parameter, state in self.optimizer.state.items():
+                if {tensor.shape for tensor in state.values() if tensor.ndim} != {parameter.shape}:
+                    raise ValueError("the optimiser is that of other weights")
+            return history
+        except InputError:
+            raise
+        except Exception:  # anything may be missing or of a wrong type in a file that somebody else made
             raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
 
 
+@memory_told()
 def train(
     model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe, checkpoint: Path | None = None
 ) -> list[dict]:
     """Train `model` in place, on its device, by `recipe`, and return the history: one dict per epoch.
 
     What is validated, and is in `model` at the end, is the moving average of the weights. After every epoch the state
-    goes to `checkpoint`; with RESUME training goes on from there, on a CPU exactly as if never interrupted. Errors:
-    `InputError` for too few images, a loss that is no number, and a checkpoint that is damaged or of another training.
+    goes to `checkpoint`; with RESUME training goes on from there, on a CPU exactly as if never interrupted. So it does
+    without RESUME if the same call was interrupted. Errors: `InputError` for too few images, a loss that is no number,
+    a full disk, a checkpoint that is damaged or of another training, and an interrupt.
     """
+    check_run(recipe, train=train_pets.names, valid=valid_pets.names)
     device = next(model.parameters()).device
     precision = pick_precision(recipe.PRECISION, device)
     # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster without on AVX2.
     model.to(memory_format=torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format)
     keep_freed_memory()
-    steps = count_steps(len(train_pets.names), recipe.BATCH_SIZE)  # per epoch
-    training = Training.start(model, recipe, recipe.EPOCHS * steps)
     identity = identify(recipe, precision, train_pets, valid_pets)
+    first = deepcopy(model.state_dict())
+    training = Training.start(model, recipe, recipe.EPOCHS * count_steps(len(train_pets.names), recipe.BATCH_SIZE))
     history = []
-    if checkpoint and checkpoint.exists():
-        history = training.load(checkpoint, identity) if recipe.RESUME else set_aside(checkpoint)
-    if len(history) < recipe.SMALL_EPOCHS:
-        small = half_size(train_pets), half_size(valid_pets, masks=False)
+    try:
+        if checkpoint and checkpoint.exists():
+            going_on = recipe.RESUME or getattr(model, "interrupted", None) == recipe
+            history += training.load(checkpoint, identity) if going_on else set_aside(checkpoint)
+        for row in epochs(training, train_pets, valid_pets, recipe, len(history)):
+            history.append(row)
+            if checkpoint:
+                training.save(checkpoint, identity, history)
+    except (KeyboardInterrupt, InputError) as error:
+        model.load_state_dict(first)  # so that the same call can be made again
+        model.interrupted = recipe
+        if isinstance(error, InputError):
+            raise
+        kept = f"{checkpoint} keeps {len(history)}" if checkpoint and history else "none was kept"
+        how = "run this cell again to go on, or the notebook with RESUME True"
+        raise InputError(f"interrupted: of {recipe.EPOCHS} epochs, {kept}: {how}.") from None
+    model.load_state_dict(training.average.module.state_dict())
+    model.interrupted = None
+    return history
 
-    with tqdm(total=recipe.EPOCHS * steps, initial=len(history) * steps, mininterval=1, leave=False) as bar:
-        for epoch in range(len(history) + 1, recipe.EPOCHS + 1):
+
+def epochs(training: Training, train_pets: Pets, valid_pets: Pets, recipe: Recipe, done: int) -> Iterator[dict]:
+    """Train one epoch after another, but those that are done, and yield a row of the history after each."""
+    steps = count_steps(len(train_pets.names), recipe.BATCH_SIZE)
+    if done < recipe.SMALL_EPOCHS:
+        small = half_size(train_pets), half_size(valid_pets, masks=False)
+    with tqdm(total=recipe.EPOCHS * steps, initial=done * steps, mininterval=1, leave=False) as bar:
+        for epoch in range(done + 1, recipe.EPOCHS + 1):
             bar.set_description(f"epoch {epoch}/{recipe.EPOCHS}")
             torch.manual_seed(recipe.SEED * 100_003 + epoch)  # by epoch, so that a resumed run draws the same
             seen, held_out = small if epoch <= recipe.SMALL_EPOCHS else (train_pets, valid_pets)
             start = time.perf_counter()
             loss = train_epoch(training, seen, recipe, bar)
             seconds = time.perf_counter() - start
-            valid = validate(training.average.module, seen, held_out, recipe)
-            history.append({"epoch": epoch, "train_loss": loss, **valid, "seconds": seconds})
-            bar.set_postfix({"loss": f"{loss:.3f}", "valid accuracy": f"{valid['valid_pixel_accuracy']:.3f}"})
-            if checkpoint:
-                training.save(checkpoint, identity, history)
-    model.load_state_dict(training.average.module.state_dict())
-    return history
+            accuracy, iou = validate(training.average.module, seen, held_out, recipe)
+            bar.set_postfix({"loss": f"{loss:.3f}", "valid accuracy": f"{accuracy:.3f}"})
+            yield dict(zip(HISTORY, (epoch, loss, accuracy, iou, seconds), strict=True))
 
 
 def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> float:
@@ -790,8 +774,8 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
     return sum(losses) / len(losses)
 
 
-def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe) -> dict[str, float]:
-    """Return the validation scores of averaged weights, after giving their BatchNorms statistics of their own.
+def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe) -> tuple[float, float]:
+    """Return pixel accuracy and mean IoU of averaged weights, after giving their BatchNorms statistics of their own.
 
     In training no batch went through the averaged weights, so their running means and variances are those of other
     weights. They are measured anew, on about ten batches of training images.
@@ -803,7 +787,7 @@ def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recip
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         update_bn((to_input(batch, device) for batch in batches), model)
     result = scores(evaluate(model, valid_pets, precision).sum(0))
-    return {"valid_pixel_accuracy": result["pixel_accuracy"], "valid_mean_iou": result["mean_iou"]}
+    return result["pixel_accuracy"], result["mean_iou"]
 
 
 def count_steps(images: int, batch_size: int) -> int:
@@ -813,16 +797,14 @@ def count_steps(images: int, batch_size: int) -> int:
     return images // batch_size
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc's malloc, where there is one, to keep what is freed: the next training step needs it again.
-
-    By default the memory of large tensors goes back to Linux after each use and returns as new pages of zeros, which
-    slows the step down on the CPU.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back to Linux what is free at the end of the heap
+def check_run(recipe: Recipe, **names: list[str]) -> None:
+    """Raise `InputError` if a split has no images, training has less than a batch, or the memory is too small."""
+    for split, images in names.items():
+        if not images:
+            why = "validation needs breeds that have two images in trainval.txt" if split == "valid" else "add some"
+            raise InputError(f"there are no {split} images: {why}.")
+    count_steps(len(names["train"]), recipe.BATCH_SIZE)
+    check_memory(recipe, {split: len(images) for split, images in names.items()})
 
 
 def identify(recipe: Recipe, precision: torch.dtype, train_pets: Pets, valid_pets: Pets) -> dict:

@@ -3,13 +3,17 @@
 A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils` passes it on.
 """
 
+import shutil
 import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from parameters import InputError, reason
 
 # Furs, furniture, walls and floors share these colours, so that colour alone does not give a pet away.
 WHITE, CREAM, GINGER, BROWN = (238, 234, 226), (226, 204, 166), (204, 128, 62), (138, 92, 58)
@@ -69,33 +73,42 @@ def draw_sample_pets(root: str | Path, trainval: int = 320, test: int = 80, seed
     `side` pixels, and their trimaps (1 pet, 2 background, 3 border). The same arguments give the same bytes;
     what they drew before is kept, and what other arguments drew is replaced.
 
-    Errors: `InputError` if a count is below 1, `side` is below 32, the folder exists and was not drawn here, or nothing
-    can be written there.
+    Errors: `InputError` (a ValueError) if a count is below 1, `side` is below 32, the folder exists and was not drawn
+    here, or nothing can be written there.
     """
     from petseg_utils import InputError  # here, for that module imports this one
 
     if min(trainval, test) < 1 or side < 32:
         raise InputError(f"need trainval and test >= 1 and side >= 32, got {trainval}, {test} and {side}.")
     folder = Path(root) / "oxford-iiit-pet"
-    readme = folder / "annotations" / "README"
     code = zlib.crc32(Path(__file__).read_bytes())  # other code draws other pictures
     note = f"{DRAWN_BY}trainval={trainval}, test={test}, seed={seed}, side={side}), code {code:08x}\n"
-    if folder.exists():
-        found = readme.read_text(errors="replace") if readme.is_file() else ""
-        if found == note:
-            return folder
-        if not found.startswith(DRAWN_BY):
-            raise InputError(f"{folder} was not drawn by draw_sample_pets, so it is left as it is: move it away.")
     try:
-        _draw(folder, note, trainval, test, seed, side)
+        if not _is_drawn(folder, note):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.parent / ".drawing.lock"):  # whoever comes second waits, and finds it drawn
+                if not _is_drawn(folder, note):
+                    _draw(folder, note, trainval, test, seed, side)
     except OSError as error:
-        raise InputError(f"{folder} cannot be drawn ({error}): make room, or the folder writable.") from None
+        raise InputError(f"{folder} cannot be drawn ({reason(error)}): make room, or the folder writable.") from None
     return folder
+
+
+def _is_drawn(folder, note):
+    """Return whether the folder holds what the note says; raise InputError if it was not drawn here at all."""
+    if not folder.exists():
+        return False
+    readme = folder / "annotations" / "README"
+    found = readme.read_text(errors="replace") if readme.is_file() else ""
+    if not found.startswith(DRAWN_BY):
+        raise InputError(f"{folder} was not drawn by draw_sample_pets, so it is left as it is: move it away.")
+    return found == note
 
 
 def _draw(folder, note, trainval, test, seed, side):
     """Draw the dataset aside and rename it at the end: an interrupted drawing leaves no half dataset."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".drawing-*"):  # by a process that was killed: it would hold the lock
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder.parent) as aside:
         new = Path(aside) / "new"
         (new / "images").mkdir(parents=True)
@@ -108,12 +121,7 @@ def _draw(folder, note, trainval, test, seed, side):
         (new / "annotations" / "README").write_text(note)
         if folder.exists():
             folder.rename(Path(aside) / "old")
-        try:
-            new.rename(folder)
-        except OSError:  # somebody else was quicker with the same pictures
-            readme = folder / "annotations" / "README"
-            if not readme.is_file() or readme.read_text() != note:
-                raise
+        new.rename(folder)
 
 
 def _save_pet(folder, seed, index, side):

@@ -1,0 +1,157 @@
+"""Write files that survive a crash, read files that may be damaged, and keep a folder to one process.
+
+A file of its own, since nothing here is about segmentation; `petseg_utils` passes on what the notebooks use. Nothing
+else in this project writes a result or opens a file that `torch.save` wrote.
+"""
+
+import atexit
+import csv
+import io
+import math
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from parameters import InputError, brief, reason
+
+
+def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
+    """Let `write` fill a buffer, then put it at `path`: readers see the old file or the new, never half of one.
+
+    That holds after a loss of power, too. Errors: `InputError` if the disk refuses; the old file is kept then.
+    """
+    buffer = io.BytesIO()  # so that only one line below can meet a full disk, whoever writes
+    write(buffer)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({reason(error)}): make room, or another place, for it.") from None
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring to the disk what was renamed in a folder, where the system lets a program do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows with the same keys as a table with a header. Errors: as in `write_atomically`."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(table.getvalue().encode()))
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """Write a file for `load_tensors`: a zip archive, in which every part has a checksum."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_tensors(path: Path) -> dict:
+    """Read what `torch.save` wrote, compare its checksums, and run no code that it may hold. Errors: `InputError`."""
+    try:
+        data = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(data) as archive:
+            parts = archive.infolist()
+            size = sum(part.file_size for part in parts)  # more than there is in a bomb
+            marked = any(part.external_attr for part in parts)  # as folders, say, which torch takes for empty files
+            if size > len(data.getbuffer()) or marked or archive.testzip():
+                raise ValueError("a wrong size, mark or checksum, all of which torch would read past")
+        data.seek(0)
+        content = torch.load(data, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not finite(content):
+            raise ValueError("no dictionary, or one with numbers that are none")
+        return content
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}: name the folder of a run that has it.") from None
+    except Exception:  # zipfile and torch have two dozen ways to fail on a damaged file, most of them in many lines
+        raise InputError(f"{path} is damaged, or not of this project: train again.") from None
+
+
+def finite(value: object) -> bool:
+    """Return whether there is no NaN and no infinity in tensors and numbers, and containers of them."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(finite, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def read_text(path: Path) -> str:
+    """Return a text in UTF-8, in UTF-16 with its mark, or else in Latin-1. Errors: `InputError`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}): put it there again.") from None
+    if data[:2] == b"\x1f\x8b":
+        raise InputError(f"{path} is compressed with gzip from its line 1 on: unpack it.")
+    for encoding in ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "latin-1"):
+        with suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    raise InputError(f"{path} is no text from its line 1 on: save it again, in UTF-8.")
+
+
+def read_names(path: Path) -> dict[str, int]:
+    """Return the names of files that a text lists, one a line, each with its line's number.
+
+    A line may have up to three numbers after the name; what begins with # is a comment. Errors: `InputError` for a
+    name twice, and for what can't be part of a file's name here, or would lead to another folder.
+    """
+    names: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name = re.fullmatch(r"(.+?)(\s+\d+){0,3}", line)[1]
+        if not re.fullmatch(r"\w[\w .+-]*", name) or len(name.encode()) > 250:
+            raise InputError(f"{path} has in line {number} {brief(name)}, which is no name of an image: correct it.")
+        if name in names:
+            raise InputError(f"{path} has {name} twice, in lines {names[name]} and {number}: remove one.")
+        names[name] = number
+    return names
+
+
+def own_folder(folder: Path, room: int) -> None:
+    """Make a folder that this process alone may write to until it ends, with room for so many bytes.
+
+    Drafts of processes that were killed are removed. Errors: `InputError` if the folder is in use, can't be written
+    to, or lies on a disk that is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", is_singleton=True)  # one for all calls of a process; a dead one holds none
+        lock.acquire(timeout=0)
+        for draft in folder.rglob(".*.draft"):
+            draft.unlink()
+        free = shutil.disk_usage(folder).free
+    except Timeout:
+        what = "wait for it, shut down its kernel, or choose another RUN_NAME"
+        raise InputError(f"another run is writing to {folder}: {what}.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} cannot be written to ({reason(error)}): change its rights, or RUN_NAME.") from None
+    atexit.register(lock.release)
+    if free < room:
+        need = f"the run needs {room / 1e6:,.0f} MB on the disk of {folder}, where {free / 1e6:,.0f} MB are free"
+        raise InputError(f"{need}: make room, or BASE_CHANNELS smaller.")
