@@ -8,7 +8,6 @@ masks are (B, N, N) uint8 labels, each an index into `CLASSES`, or `IGNORE`.
 import csv
 import ctypes
 import hashlib
-import html
 import io
 import json
 import math
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 # Files of their own, which nobody has to read to learn about segmentation; what they offer is passed on.
 from muon import Muon
-from pictures import COLORS, GREEN, RED, colorize, plot_grid, plot_unet  # noqa: F401
+from pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet  # noqa: F401
 from sample_pets import draw_sample_pets  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent
@@ -458,14 +457,6 @@ def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
     return traced
 
 
-def html_table(rows: list[dict]) -> str:
-    """Return rows with the same keys as an HTML table, every text escaped; a wide one scrolls in a box of its own."""
-    lines = [[f"<th>{html.escape(str(title))}</th>" for title in rows[0]]]
-    lines += [[f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()] for row in rows]
-    body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines)
-    return f'<div style="overflow-x:auto"><table>{body}</table></div>'
-
-
 # --------------------------------------------------------------------------------------------------- scores
 
 
@@ -582,6 +573,14 @@ def read_run(folder: Path) -> dict:
         return {"name": folder.name, **metrics, "history": numbers, "images": list(csv.DictReader(images))}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"there is no complete run in {folder} ({error}): make the run again.") from None
+
+
+def load_net(folder: Path) -> tuple[UNet, Recipe]:
+    """Return the trained net of a run and the recipe it was trained by. Errors: `InputError`."""
+    recipe = Recipe(**read_run(folder)["parameters"])
+    model = UNet(recipe.BASE_CHANNELS, recipe.DEPTH, norms=recipe.NORMS, skips=recipe.SKIPS)
+    load_weights(folder / "weights.pt", model)
+    return model, recipe
 
 
 # --------------------------------------------------------------------------------------------------- training

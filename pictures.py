@@ -1,9 +1,10 @@
-"""Draw masks, grids of pictures and the U of a U-Net, in colours that colour-blind readers can tell apart.
+"""Draw masks, grids of pictures, tables and the U of a U-Net, in colours that colour-blind readers can tell apart.
 
 A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils` passes it on. A
 figure's label, `figure.get_label()`, is its alt text: what it shows, for those who can't see it.
 """
 
+import html
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -53,6 +54,14 @@ def plot_grid(columns: dict[str, list], row_titles: list[str], alt: str, width: 
     handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(COLORS), frameon=False)
     return figure
+
+
+def html_table(rows: list[dict]) -> str:
+    """Return rows with the same keys as an HTML table, every text escaped; a wide one scrolls in a box of its own."""
+    lines = [[f"<th>{html.escape(str(title))}</th>" for title in rows[0]]]
+    lines += [[f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()] for row in rows]
+    body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    return f'<div style="overflow-x:auto"><table>{body}</table></div>'
 
 
 def plot_unet(steps: Sequence) -> plt.Figure:
