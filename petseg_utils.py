@@ -413,7 +413,8 @@ def analyse_shapes(model: UNet, side: int) -> list[Step]:
             channels = out
         channels = out
         size = f"N/{2**level}" if level else "N"
-        times = str(out) if name == "out" else f"{out // model.base_channels}b".removeprefix("1")
+        multiple = out // model.base_channels
+        times = str(out) if name == "out" else f"{multiple}b" if multiple > 1 else "b"
         shapes = (f"{size} × {size} × {times}", (out, side / 2**level), traced.get(name))
         steps.append(Step(name, level, *shapes, parameters, flops, receptive_field(path)))
     return steps
