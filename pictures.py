@@ -119,7 +119,7 @@ def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> pl
     w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)  # half its width and half its height
     text = f"{step.name}\n{step.formula}\n{step.row['traced']}".replace(" × ", "×")
     ha, va = ("center", "left", "right")[dx], ("center", "bottom", "top")[dy]
-    axes.text(x + dx * (w + 0.08), y + dy * (h + 0.06), text, ha=ha, va=va, fontsize=7.5)
+    axes.text(x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=7.5)
     style = {"facecolor": BOXES[kind][0]} if step.traced else {"facecolor": "none", "linestyle": ":"}
     return axes.add_patch(plt.Rectangle((x - w, y - h), 2 * w, 2 * h, edgecolor="black", **style))
 
