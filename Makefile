@@ -1,21 +1,27 @@
-# The few commands a person types. A new environment uses PYTHON; `make run` takes a run's NAME and papermill's ARGS.
+# The few commands a person types. A new environment uses PYTHON; `make run` takes a run's NAME and papermill's ARGS,
+# `make photo` a PHOTO.
 PYTHON ?= python3
 NAME ?= first
 ARGS ?=
 BIN := .venv/bin
 NOTEBOOK := notebooks/pet_segmentation.ipynb
 COMPARE := notebooks/compare_runs.ipynb
+TO_HTML := $(BIN)/jupyter nbconvert --log-level WARN --to html --template-file notebooks/page.html.j2
 
-.PHONY: run compare test faults lab bench outputs grade mutants student
+.PHONY: run photo compare test faults lab bench outputs grade mutants student
 
 run: .venv/installed
 	@$(BIN)/python run_notebook.py "$(NAME)" $(ARGS)
+
+# Find the pet in a photo with the kept net: no training, no dataset.
+photo: .venv/installed
+	$(BIN)/python photo.py "$(PHOTO)"
 
 # Put runs side by side: two small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
 compare: .venv/installed
 	mkdir -p runs
 	$(BIN)/papermill --log-output $(COMPARE) runs/compare.ipynb $(ARGS)
-	$(BIN)/jupyter nbconvert --log-level WARN --to html --template classic runs/compare.ipynb
+	$(TO_HTML) runs/compare.ipynb
 	@echo "Done: open runs/compare.html"
 
 test: .venv/installed

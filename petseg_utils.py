@@ -7,7 +7,6 @@ masks are (B, N, N) uint8 labels, each an index into `CLASSES`, or `IGNORE`.
 
 import csv
 import hashlib
-import html
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from tqdm import tqdm
 from machine import check_memory, keep_freed_memory, memory_told, pick_device, pick_precision, room_for  # noqa: F401
 from muon import Muon
 from parameters import InputError, Parameters, check_folder_name, reason
-from pictures import COLORS, GREEN, RED, colorize, plot_grid, plot_unet  # noqa: F401
+from pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet  # noqa: F401
 from safe_files import load_tensors, own_folder, read_names, save_tensors, write_atomically, write_csv
 from sample_pets import draw_sample_pets  # noqa: F401
 
@@ -448,14 +447,6 @@ def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
     return traced
 
 
-def html_table(rows: list[dict]) -> str:
-    """Return rows with the same keys as an HTML table, every text escaped; a wide one scrolls in a box of its own."""
-    lines = [[f"<th>{html.escape(str(title))}</th>" for title in rows[0]]]
-    lines += [[f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()] for row in rows]
-    body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines)
-    return f'<div style="overflow-x:auto"><table>{body}</table></div>'
-
-
 # --------------------------------------------------------------------------------------------------- scores
 
 
@@ -553,6 +544,14 @@ def read_run(folder: Path) -> dict:
         return {"name": folder.name, **metrics, "history": numbers, "images": list(csv.DictReader(images))}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"there is no complete run in {folder} ({error}): make the run again.") from None
+
+
+def load_net(folder: Path) -> tuple[UNet, Recipe]:
+    """Return the trained net of a run and the recipe it was trained by. Errors: `InputError`."""
+    recipe = Recipe(**read_run(folder)["parameters"])
+    model = UNet(recipe.BASE_CHANNELS, recipe.DEPTH, norms=recipe.NORMS, skips=recipe.SKIPS)
+    load_weights(folder / "weights.pt", model)
+    return model, recipe
 
 
 # --------------------------------------------------------------------------------------------------- training

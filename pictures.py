@@ -1,9 +1,10 @@
-"""Draw masks, grids of pictures and the U of a U-Net, in colours that colour-blind readers can tell apart.
+"""Draw masks, grids of pictures, tables and the U of a U-Net, in colours that colour-blind readers can tell apart.
 
 A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils` passes it on. A
 figure's label, `figure.get_label()`, is its alt text: what it shows, for those who can't see it.
 """
 
+import html
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,6 +21,14 @@ ARROWS = {
     "max pooling 2 × 2": {"color": SKY},
     "upsampling × 2": {"color": RED},
     "skip": {"color": GREY, "linestyle": "--"},
+}
+BOXES = {  # the colour of each kind of step, and what the legend says of it
+    "image": ("white", "image"),
+    "down": (SKY, "down: two convolutions"),
+    "bottleneck": (GREEN, "bottleneck: two convolutions"),
+    "concat": ("#CCCCCC", "concatenation with the skip"),
+    "up": (YELLOW, "up: two convolutions"),
+    "out": (PINK, "out: 1 × 1 convolution"),
 }
 
 
@@ -55,6 +64,14 @@ def plot_grid(columns: dict[str, list], row_titles: list[str], alt: str, width: 
     return figure
 
 
+def html_table(rows: list[dict]) -> str:
+    """Return rows with the same keys as an HTML table, every text escaped; a wide one scrolls in a box of its own."""
+    lines = [[f"<th>{html.escape(str(title))}</th>" for title in rows[0]]]
+    lines += [[f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()] for row in rows]
+    body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    return f'<div style="overflow-x:auto"><table>{body}</table></div>'
+
+
 def plot_unet(steps: Sequence) -> plt.Figure:
     """Draw the U from the steps of `analyse_shapes`: in a loop over those that follow one another.
 
@@ -63,10 +80,12 @@ def plot_unet(steps: Sequence) -> plt.Figure:
     depth = max(step.level for step in steps)
     alt = (
         f"The U-Net drawn as a U: {depth} levels down on the left, the bottleneck, {depth} levels up on the right, and "
+        "an arrow across each level for its skip. Every box is labelled with its formula and its shape."
     )
-    alt += "an arrow across each level for its skip. Every box is labelled with its shape."
-    figure, axes = plt.subplots(figsize=(2.5 + 1.6 * depth, 1.6 + 0.8 * depth), layout="constrained", label=alt)
-    drawn = [step for step in steps if not step.name.startswith(("pool", "upsample"))]
+    figure, axes = plt.subplots(figsize=(3.5 + 1.7 * depth, 2.2 + 0.9 * depth), layout="constrained", label=alt)
+    pixels = (3, int(steps[0].predicted[1]))
+    image = steps[0]._replace(name="image", formula="N × N × 3", predicted=pixels, traced=pixels)
+    drawn = [image, *(step for step in steps if not step.name.startswith(("pool", "upsample")))]
     largest = np.sqrt([step.predicted for step in drawn]).max(axis=0)
     boxes = {step.name: draw_box(axes, step, depth, largest) for step in drawn}
     for before, after in pairwise(drawn):
@@ -74,31 +93,34 @@ def plot_unet(steps: Sequence) -> plt.Figure:
         draw_arrow(axes, boxes[before.name], boxes[after.name], kind)
     for level in range(1, depth + 1):
         draw_arrow(axes, boxes[f"down{level}"], boxes[f"concat{level}"], "skip")
-    handles = [plt.Line2D([], [], **style, label=kind) for kind, style in ARROWS.items() if kind != "next"]
-    axes.legend(handles=handles, loc="lower left", frameon=False, fontsize=9)
-    axes.set(xlim=(-1.4, 2 * depth + 3.7), ylim=(-1.6 * depth - 1.0, 1.0))
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor="black", label=text) for c, text in BOXES.values()]
+    handles += [plt.Line2D([], [], **style, label=kind) for kind, style in ARROWS.items() if kind != "next"]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False, fontsize=8)
+    axes.set(xlim=(-2.2, 2 * depth + 3.8), ylim=(-1.6 * depth - 1.1, 1.2))
     axes.axis("off")
     return figure
 
 
 def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> plt.Rectangle:
-    """Draw a step's box with its traced shape, dotted if the forward pass did not reach it, and return the box.
+    """Draw a step's box with its formula and its traced shape, dotted if it was not reached, and return the box.
 
     `largest` has the square roots of the most channels and the largest side.
     """
     left, right, y = step.level, 2 * depth + 1.2 - step.level, -1.6 * step.level  # the arms lean to the bottleneck
-    x, color, dx, dy = {  # dx and dy say on which side of the box its label stands
-        "down": (left, SKY, -1, 0),
-        "bottleneck": (left + 0.1, GREEN, 0, -1),
-        "concat": (right, "#CCCCCC", 0, 1),
-        "up": (right + 0.9, YELLOW, 0, -1),
-        "out": (right + 1.9, PINK, 0, 1),
-    }[step.name.rstrip("0123456789")]
+    kind = step.name.rstrip("0123456789")
+    x, dx, dy = {  # dx and dy say on which side of the box its label stands
+        "image": (-1.6, 0, -1),
+        "down": (left, -1 if step.level else 0, 0 if step.level else 1),
+        "bottleneck": (left + 0.1, 0, -1),
+        "concat": (right, 0, 1),
+        "up": (right + 0.9, 0, -1),
+        "out": (right + 1.9, 0, 1),
+    }[kind]
     w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)  # half its width and half its height
-    text = f"{step.name}\n{step.row['traced'].replace(' × ', '×')}"
+    text = f"{step.name}\n{step.formula}\n{step.row['traced']}".replace(" × ", "×")
     ha, va = ("center", "left", "right")[dx], ("center", "bottom", "top")[dy]
-    axes.text(x + dx * (w + 0.08), y + dy * (h + 0.06), text, ha=ha, va=va, fontsize=8)
-    style = {"facecolor": color} if step.traced else {"facecolor": "none", "linestyle": ":"}
+    axes.text(x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=7.5)
+    style = {"facecolor": BOXES[kind][0]} if step.traced else {"facecolor": "none", "linestyle": ":"}
     return axes.add_patch(plt.Rectangle((x - w, y - h), 2 * w, 2 * h, edgecolor="black", **style))
 
 
