@@ -2,11 +2,14 @@
 PYTHON ?= python3
 NAME ?= first
 ARGS ?=
+GRID ?= benchmarks/ablations.json
+CLUSTER ?=
+WORKERS ?= 0
 BIN := .venv/bin
 NOTEBOOK := notebooks/pet_segmentation.ipynb
 COMPARE := notebooks/compare_runs.ipynb
 
-.PHONY: run compare test lab bench outputs
+.PHONY: run sweep compare test lab bench outputs
 
 run: .venv/installed
 	mkdir -p "runs/$(NAME)"
@@ -15,7 +18,11 @@ run: .venv/installed
 		--HTMLExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor  # one line a progress bar
 	@echo "Done: open runs/$(NAME)/notebook.html"
 
-# Put runs side by side: two small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
+# Make the runs of a grid, here or on a Dask scheduler: make sweep GRID=my.json CLUSTER=tcp://host:8786
+sweep: .venv/installed
+	$(BIN)/python -m sweep "$(GRID)" "$(CLUSTER)" "$(WORKERS)"
+
+# Put runs side by side: four small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
 compare: .venv/installed
 	mkdir -p runs
 	$(BIN)/papermill --log-output $(COMPARE) runs/compare.ipynb $(ARGS)
@@ -29,7 +36,7 @@ lab: .venv/installed
 	$(BIN)/jupyter lab $(NOTEBOOK)
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python -m benchmarks.throughput
 
 # Execute the notebooks in place, after a change of their cells, to refresh the outputs that nbval compares.
 outputs: .venv/installed
