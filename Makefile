@@ -3,12 +3,15 @@
 PYTHON ?= python3
 NAME ?= first
 ARGS ?=
+GRID ?= benchmarks/ablations.json
+CLUSTER ?=
+WORKERS ?= 0
 BIN := .venv/bin
 NOTEBOOK := notebooks/pet_segmentation.ipynb
 COMPARE := notebooks/compare_runs.ipynb
 TO_HTML := $(BIN)/jupyter nbconvert --log-level WARN --to html --template-file notebooks/page.html.j2
 
-.PHONY: run photo compare test faults lab bench outputs grade mutants student
+.PHONY: run photo sweep compare test faults lab bench outputs grade mutants student
 
 run: .venv/installed
 	@$(BIN)/python run_notebook.py "$(NAME)" $(ARGS)
@@ -17,7 +20,11 @@ run: .venv/installed
 photo: .venv/installed
 	$(BIN)/python photo.py "$(PHOTO)"
 
-# Put runs side by side: two small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
+# Make the runs of a grid, here or on a Dask scheduler: make sweep GRID=my.json CLUSTER=tcp://host:8786
+sweep: .venv/installed
+	$(BIN)/python -m sweep "$(GRID)" "$(CLUSTER)" "$(WORKERS)"
+
+# Put runs side by side: four small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
 compare: .venv/installed
 	mkdir -p runs
 	$(BIN)/papermill --log-output $(COMPARE) runs/compare.ipynb $(ARGS)
@@ -37,7 +44,7 @@ lab: .venv/installed
 	$(BIN)/jupyter lab $(NOTEBOOK)
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python -m benchmarks.throughput
 
 # Execute the notebooks in place, after a change of their cells, to refresh the outputs that nbval compares.
 outputs: .venv/installed

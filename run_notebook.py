@@ -13,6 +13,7 @@ from parameters import InputError, check_folder_name, reason
 
 ROOT = Path(__file__).resolve().parent
 NOTEBOOK = ROOT / "notebooks" / "pet_segmentation.ipynb"
+PAGE = ROOT / "notebooks" / "page.html.j2"  # how the executed notebook looks in a browser
 
 
 def run(name: str, options: list[str]) -> Path:
@@ -24,15 +25,13 @@ def run(name: str, options: list[str]) -> Path:
         # Imported here, for it takes seconds, before which a bad name is told.
         from filelock import FileLock, Timeout
         from nbconvert import HTMLExporter
-        from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
         from safe_files import write_atomically
 
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".notebook.lock", timeout=0):
             execute(draft, ["-r", "RUN_NAME", name, *options])
-            exporter = HTMLExporter(template_name="classic", preprocessors=[CoalesceStreamsPreprocessor])
-            page, _ = exporter.from_filename(str(draft))
+            page, _ = HTMLExporter(template_file=str(PAGE)).from_filename(str(draft))
             write_atomically(folder / "notebook.html", lambda file: file.write(page.encode()))
             os.replace(draft, folder / "notebook.ipynb")
     except Timeout:

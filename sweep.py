@@ -377,9 +377,13 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
             if path.suffix == ".csv":
                 runs += read_table(path)
             elif (path / "metrics.json").exists():
-                runs.append(check_run(pets.read_run(path), os.path.relpath(path, pets.ROOT)))
+                run = check_run(pets.read_run(path), os.path.relpath(path, pets.ROOT))
+                if not run.history:
+                    raise InputError("its history.csv has no epochs: make the run again.")
+                runs.append(run)
         except (InputError, RecursionError, csv.Error) as error:
-            left_out.append(" ".join(f"{os.path.relpath(path, pets.ROOT)} is left out: {error}".split()))
+            told = " ".join(f"{os.path.relpath(path, pets.ROOT)} is left out: {error}".split())
+            left_out.append(told.removesuffix(".") + ".")
     if not runs:
         raise InputError(f"no folder or table of {patterns!r} has a complete run: name others in RUNS.")
     return runs, left_out
