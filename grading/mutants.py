@@ -462,7 +462,7 @@ NOTEBOOK_FAULTS = (
         f'{RUN_SAVED}\n{METRICS}content["test"]["pixel_accuracy"] = 0.97\n'
         'path.write_text(__import__("json").dumps(content))',
     ),
-    fault("metrics", "epochs claimed", RUN_SAVED, RUN_SAVED.replace("history,", "history[:1] * 6,")),
+    fault("metrics", "epochs claimed", RUN_SAVED, RUN_SAVED.replace("history,", "history[:1] * EPOCHS,")),
     fault("submission", "another dtype", SUBMIT, "submission = labels.unsqueeze(1).long()"),
     fault("submission", "another order", SUBMIT, "submission = labels.flip(0).unsqueeze(1)"),
     fault(
