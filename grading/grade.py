@@ -25,7 +25,6 @@ from grading.sandbox import Job, Outcome, run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE, NOTEBOOK = Path("petseg_utils.py"), Path("notebooks/pet_segmentation.ipynb")
-OWN = ("muon.py", "pictures.py", "sample_pets.py", "conftest.py", "pyproject.toml")  # the grader's own, for everybody
 HEAVY = ("matplotlib.pyplot", "pydantic.main", "sklearn.metrics", "torchvision.datasets", "torchvision.transforms.v2")
 CANARY = "grading/canary.py"
 LIMIT = 60  # for a criterion that doesn't say otherwise
@@ -94,8 +93,13 @@ def find(hand_in: Path, file: Path) -> Path:
 
 def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
     """Copy all that a criterion needs into a new folder: the grader's own, one module and perhaps one notebook."""
-    files = {Path(name): ROOT / name for name in OWN} | {MODULE: module} | ({NOTEBOOK: notebook} if notebook else {})
-    files |= {path.relative_to(ROOT): path for name in ("tests", "grading") for path in (ROOT / name).glob("*.py")}
+    own = [
+        ROOT / "pyproject.toml",
+        *(path for name in (".", "tests", "grading") for path in (ROOT / name).glob("*.py")),
+    ]
+    files = (
+        {path.relative_to(ROOT): path for path in own} | {MODULE: module} | ({NOTEBOOK: notebook} if notebook else {})
+    )
     for target, source in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_bytes(source.read_bytes())

@@ -19,6 +19,7 @@ import nbformat
 import pytest
 
 from grading import test_notebook as notebook_criteria
+from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS
 from grading.student import TO_WRITE, without_bodies, write_edition
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,13 +64,20 @@ def test_rubric_has_a_hundred_points_and_every_criterion_a_sentence():
 
 
 def test_every_criterion_has_a_mutant_and_mutants_are_many():
-    from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS
-
     faults, variants = (*MODULE_FAULTS, *NOTEBOOK_FAULTS), (*MODULE_HARMLESS, *NOTEBOOK_HARMLESS)
     assert len(faults) >= 50
     assert len(variants) >= 12
     assert {fault.criterion for fault in faults} == {row["id"] for row in RUBRIC["criterion"]} - {"outputs"}  # below
     assert len({mutant.name for mutant in (*faults, *variants)}) >= len(faults)
+
+
+def test_every_mutant_still_applies(source):
+    """Each text is there exactly once; one that isn't must follow the source it changes."""
+    notebook = nbformat.read(ROOT / "notebooks" / "pet_segmentation.ipynb", as_version=4)
+    cells = "\n".join(cell.source for cell in notebook.cells)
+    tables = ((source, (*MODULE_FAULTS, *MODULE_HARMLESS)), (cells, (*NOTEBOOK_FAULTS, *NOTEBOOK_HARMLESS)))
+    lost = {m.name: old for text, table in tables for m in table for old in m.changes[::2] if text.count(old) != 1}
+    assert lost == {}
 
 
 def test_sample_of_the_mutants_is_judged_rightly():
