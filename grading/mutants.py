@@ -41,6 +41,7 @@ FORWARD = """        kept = []
             x = up(x)  # (B, 2c, n, n) -> (B, c/2, n, n); at the top (B, c, n, n)
         return self.out(x)
 """
+PREDICTED = "        labels, _ = predict(model, images, precision, size=masks.shape[1:], flip=flip)\n"
 RECURSIVE = """        return self.out(self.level(x, 0))
 
     def level(self, x: Tensor, k: int) -> Tensor:
@@ -114,8 +115,8 @@ MODULE_FAULTS = (
     fault(
         "split",
         "the folder decides",
-        'names = [line.split()[0] for line in lines if line.strip() and line[0] != "#"]',
-        'names = sorted(p.stem for p in (folder / "images").glob("*.jpg"))',
+        "    if not names:\n",
+        '    names = sorted(path.stem for path in (folder / "images").glob("*.jpg"))\n    if not names:\n',
     ),
     fault("split", "missing files pass", "    if missing:\n", "    if False:\n"),
     fault(
@@ -237,18 +238,8 @@ MODULE_FAULTS = (
         "probabilities(images[part].flip(3))",
     ),
     fault("flip", "flipping ignored", "        if flip:\n", "        if False:\n"),
-    fault(
-        "evaluate",
-        "one matrix for a batch",
-        "matrices += map(confusion_matrix, labels, masks)",
-        "matrices += [confusion_matrix(labels, masks) // len(masks)] * len(masks)",
-    ),
-    fault(
-        "evaluate",
-        "truth as prediction",
-        "matrices += map(confusion_matrix, labels, masks)",
-        "matrices += map(confusion_matrix, masks, masks)",
-    ),
+    fault("evaluate", "the prediction of another image", PREDICTED, PREDICTED + "        labels = labels.roll(1, 0)\n"),
+    fault("evaluate", "truth as prediction", PREDICTED, "        labels = masks\n"),
     # the loop
     fault("learning", "optimiser idle", "        optimizer.step()\n", ""),
     fault("learning", "no backward", "        loss.backward()\n", ""),
@@ -276,12 +267,7 @@ MODULE_FAULTS = (
         "            break  # a smaller batch would upset BatchNorm\n",
         "            pass\n",
     ),
-    fault(
-        "epochs",
-        "only some epochs",
-        "range(len(history) + 1, recipe.EPOCHS + 1)",
-        "range(len(history) + 1, recipe.EPOCHS)",
-    ),
+    fault("epochs", "only some epochs", ", recipe.EPOCHS + 1):", ", recipe.EPOCHS):"),
     fault("steps", "gradients added up", "        optimizer.zero_grad()\n", ""),
     fault("steps", "loss of the last batch", "return sum(losses) / len(losses)", "return losses[-1]"),
     fault("steps", "NaN goes on", "if not math.isfinite(losses[-1]):", "if False:"),
@@ -290,12 +276,7 @@ MODULE_FAULTS = (
     fault("schedule", "one cycle ignored", "        if recipe.ONE_CYCLE:\n", "        if False:\n"),
     fault("average", "average frozen", "        average.update_parameters(model)\n", ""),
     fault("average", "last weights returned", "    model.load_state_dict(training.average.module.state_dict())\n", ""),
-    fault(
-        "average",
-        "statistics frozen",
-        "        update_bn((to_input(images, device) for images in some.split(recipe.BATCH_SIZE)), model)\n",
-        "        model = deepcopy(model)\n        update_bn((to_input(i, device) for i in some.split(2)), model)\n",
-    ),
+    fault("average", "statistics frozen", "        update_bn(", "        model = deepcopy(model)\n        update_bn("),
     fault("switches", "augmentation always", "        if recipe.AUGMENT:\n", "        if True:\n"),
     fault("switches", "small epochs ignored", "small if epoch <= recipe.SMALL_EPOCHS else", "small if False else"),
     fault(
@@ -305,12 +286,7 @@ MODULE_FAULTS = (
         "loss = train_epoch(training, seen, recipe, bar) + 0 * train_epoch(training, held_out, recipe, bar)",
     ),
     fault("honest", "seed ignored", "torch.manual_seed(recipe.SEED * 100_003 + epoch)", "torch.seed()"),
-    fault(
-        "resume",
-        "starts anew",
-        "training.load(checkpoint, identity) if recipe.RESUME else set_aside(checkpoint)",
-        "set_aside(checkpoint)",
-    ),
+    fault("resume", "starts anew", "training.load(checkpoint, identity) if", "set_aside(checkpoint) if"),
     fault(
         "files",
         "random weights saved",
@@ -462,7 +438,7 @@ NOTEBOOK_FAULTS = (
         f'{RUN_SAVED}\n{METRICS}content["test"]["pixel_accuracy"] = 0.97\n'
         'path.write_text(__import__("json").dumps(content))',
     ),
-    fault("metrics", "epochs claimed", RUN_SAVED, RUN_SAVED.replace("history,", "history[:1] * 6,")),
+    fault("metrics", "epochs claimed", RUN_SAVED, RUN_SAVED.replace("history,", "history[:1] * EPOCHS,")),
     fault("submission", "another dtype", SUBMIT, "submission = labels.unsqueeze(1).long()"),
     fault("submission", "another order", SUBMIT, "submission = labels.flip(0).unsqueeze(1)"),
     fault(

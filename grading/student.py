@@ -30,7 +30,7 @@ TO_WRITE = {  # by name, in the order in which it can be solved
     "half_size": "resize the images with antialiasing; take the most frequent of every four labels",
     "train_epoch": "in random full batches: augment, run_model, loss, backward, step, schedule, average",
 }
-OWN = ("muon.py", "pictures.py", "sample_pets.py", "conftest.py", "pyproject.toml", "requirements.txt", ".gitignore")
+OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules at the top
 CHECK = ("grading/grade.py", "grading/sandbox.py", "grading/canary.py", "tests/conftest.py", "tests/test_scores.py")
 MAKEFILE = """# `make check` tells how many of the module's points you have, with hints; `make lab` opens the notebook.
 PYTHON ?= python3
@@ -89,8 +89,8 @@ def write_edition(folder: Path) -> None:
     kept = [path for path in folder.glob("*") if path.name != ".venv"]
     for path in kept:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    tests = [f"tests/{path.name}" for path in (ROOT / "tests").glob("test_rubric_*.py")]
-    for name in (*OWN, *CHECK, *tests):
+    files = [path.relative_to(ROOT) for pattern in ("*.py", "tests/test_rubric_*.py") for path in ROOT.glob(pattern)]
+    for name in (*OWN, *CHECK, *files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     rubric = (ROOT / "grading" / "rubric.toml").read_text()

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,6 +18,8 @@ from xml.etree import ElementTree
 import nbformat
 import pytest
 
+from grading import test_notebook as notebook_criteria
+from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS
 from grading.student import TO_WRITE, without_bodies, write_edition
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,13 +64,20 @@ def test_rubric_has_a_hundred_points_and_every_criterion_a_sentence():
 
 
 def test_every_criterion_has_a_mutant_and_mutants_are_many():
-    from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS
-
     faults, variants = (*MODULE_FAULTS, *NOTEBOOK_FAULTS), (*MODULE_HARMLESS, *NOTEBOOK_HARMLESS)
     assert len(faults) >= 50
     assert len(variants) >= 12
-    assert {fault.criterion for fault in faults} == {row["id"] for row in RUBRIC["criterion"]} - {"outputs"}
+    assert {fault.criterion for fault in faults} == {row["id"] for row in RUBRIC["criterion"]} - {"outputs"}  # below
     assert len({mutant.name for mutant in (*faults, *variants)}) >= len(faults)
+
+
+def test_every_mutant_still_applies(source):
+    """Each text is there exactly once; one that isn't must follow the source it changes."""
+    notebook = nbformat.read(ROOT / "notebooks" / "pet_segmentation.ipynb", as_version=4)
+    cells = "\n".join(cell.source for cell in notebook.cells)
+    tables = ((source, (*MODULE_FAULTS, *MODULE_HARMLESS)), (cells, (*NOTEBOOK_FAULTS, *NOTEBOOK_HARMLESS)))
+    lost = {m.name: old for text, table in tables for m in table for old in m.changes[::2] if text.count(old) != 1}
+    assert lost == {}
 
 
 def test_sample_of_the_mutants_is_judged_rightly():
@@ -133,6 +143,84 @@ def test_hand_in_of_links_or_of_nothing_is_refused(tmp_path):
     done = run("grade", "--quick", "--hand-in", tmp_path)
     assert done.returncode == 1
     assert "is a link" in done.stderr
+
+
+# ------------------------------------------------------------------- stored outputs
+
+
+def small_notebook() -> nbformat.NotebookNode:
+    """Return a notebook of eight cells as it is stored after a run."""
+    cells = []
+    for number in range(1, 9):
+        output = nbformat.v4.new_output("stream", text=f"{number * number}\n")
+        source = f"print({number} * {number})"
+        cells.append(nbformat.v4.new_code_cell(source, execution_count=number, outputs=[output]))
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+def strip_all(cells):
+    for cell in cells:
+        cell.outputs, cell.execution_count = [], None
+
+
+def strip_one(cells):
+    cells[4].outputs = []
+
+
+def strip_counts(cells):
+    for cell in cells:
+        cell.execution_count = None
+
+
+def skip_by_tag(cells):
+    cells[2].metadata.tags = ["nbval-skip"]
+
+
+def skip_by_comment(cells):
+    cells[2].source += "\n# NBVAL_SKIP"
+
+
+def let_fail(cells):
+    cells[2].metadata.tags = ["raises-exception"]
+
+
+def ignore_most(cells):
+    for cell in cells[:5]:
+        cell.source = f"# NBVAL_IGNORE_OUTPUT\n{cell.source}"
+
+
+def edit(cells):
+    cells[6].outputs[0].text = "50\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (None, ""),
+        (strip_all, "expected the counts of one run"),
+        (strip_one, "expected stored outputs, found none in code cell 5"),
+        (strip_counts, "expected the counts of one run"),
+        (skip_by_tag, "found 1 that nbval skips"),
+        (skip_by_comment, "found 1 that nbval skips"),
+        (let_fail, "found 1 that nbval skips or lets fail"),
+        (ignore_most, "expected at most 2 cells whose outputs are not compared, found 5"),
+        (edit, "expected the stored outputs, found others: Cell 6"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_stored_outputs_fail_with_the_reason(tmp_path, monkeypatch, change, reason):
+    notebook = small_notebook()
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "executed.ipynb")  # what the grader saw
+    if change:
+        change(notebook.cells)
+    nbformat.write(notebook, tmp_path / "notebooks" / "pet_segmentation.ipynb")
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
+    monkeypatch.setattr(notebook_criteria, "STORED", tmp_path)
+    with pytest.raises(AssertionError, match=reason) if change else nullcontext():
+        notebook_criteria.test_stored_outputs_reproduce()
 
 
 # ------------------------------------------------------------------- the student edition
