@@ -541,6 +541,8 @@ def read_run(folder: Path) -> dict:
         history = csv.DictReader((folder / "history.csv").read_text().splitlines())
         images = (folder / "images.csv").read_text().splitlines() if (folder / "images.csv").exists() else []
         numbers = [{key: float(text) for key, text in row.items()} for row in history]
+        if not numbers:
+            raise ValueError("history.csv has no rows")
         return {"name": folder.name, **metrics, "history": numbers, "images": list(csv.DictReader(images))}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"there is no complete run in {folder} ({error}): make the run again.") from None
