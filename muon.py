@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised: equally long in every direction, also where gradients are small.
+    """Momentum whose steps are orthogonalised: equally long in every direction, even where gradients are small.
 
     By Jordan et al. (2024), with Nesterov momentum; the steps' length matches AdamW's (Liu et al. 2025). A parameter
     (out, ...) counts as a matrix with `out` rows, a vector as one column; Jordan leaves vectors and the last layer to

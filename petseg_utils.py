@@ -209,12 +209,12 @@ def open_trimap(path: Path, size: tuple[int, int]) -> Image.Image:
     """Decode a trimap. Errors: `InputError` unless it has 8 bits, `size` (width, height) and no value but 1, 2, 3."""
     trimap = open_image(path, rgb=False)
     if trimap.mode != "L":
-        raise InputError(f"{path} has the mode {trimap.mode}, but a trimap one channel of 8 bits: replace it.")
+        raise InputError(f"{path} has the mode {trimap.mode}, but a trimap has one channel of 8 bits: replace it.")
     if trimap.size != size:
-        raise InputError(f"{path} is {trimap.size} pixels large but its image {size}: replace it.")
+        raise InputError(f"{path} is {trimap.size} pixels large but its image is {size}: replace it.")
     strangers = {value for value, count in enumerate(trimap.histogram()) if count} - {1, 2, 3}
     if strangers:
-        raise InputError(f"{path} holds the value {min(strangers)}, but a trimap only 1, 2 and 3: replace it.")
+        raise InputError(f"{path} holds the value {min(strangers)}, but a trimap holds only 1, 2 and 3: replace it.")
     return trimap
 
 
@@ -224,7 +224,7 @@ def load_pets(
 ) -> Pets:
     """Decode every image and trimap once, in parallel, into memory; `mask_side` is `side` unless given.
 
-    `resize` "bilinear" makes the mistake of mixing labels, to see its price. Errors: `InputError`.
+    `resize` "bilinear" makes the mistake of mixing labels, to show its price. Errors: `InputError`.
     """
     mask_side = mask_side or side
     images = torch.empty(len(names), 3, side, side, dtype=torch.uint8)
@@ -442,7 +442,7 @@ def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
     for name in ("bottleneck", "out"):
         model.get_submodule(name).register_forward_hook(lambda _m, _inputs, x, name=name: note(name, x))
     model.depth = 0  # so that no side is refused: one that doesn't fit goes as far as it can
-    with suppress(RuntimeError):  # the steps that are missing tell where it failed
+    with suppress(RuntimeError):  # the steps that are missing show where it failed
         model(torch.empty(1, 3, side, side, device="meta"))
     return traced
 
