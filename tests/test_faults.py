@@ -1226,9 +1226,10 @@ def test_finished_notebook_survives_a_run_that_fails(run_name):
 
 
 @long
-@pytest.mark.parametrize("seconds", [1, 4, 10, 18])
+@pytest.mark.parametrize("seconds", [0, 4, 10, 18])
 def test_interrupted_run_ends_in_one_sentence_and_goes_on(run_name, seconds):
     process = start(run_name, "EPOCHS 300")
+    wait_for(pets.ROOT / "runs" / run_name / ".notebook.lock")
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=100)
