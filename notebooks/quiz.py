@@ -24,7 +24,7 @@ def check(number: int, answer: object) -> None:
 
 def compare(answer: object, truth: object, mistakes: dict, otherwise: str) -> str:
     """Return a sentence on an answer: right, one of the well-known mistakes, or something else."""
-    if answer is None:
+    if answer is None or answer is ...:
         return UNANSWERED
     if isinstance(answer, str):
         answer = answer.strip().lower()
@@ -88,7 +88,7 @@ def dice_of_half(answer: float | None) -> str:
         0.33: "that is the IoU of a Dice of 0.5",
         0.66: "two thirds round up",
     }
-    rounded = answer if answer is None else round(answer, 2)
+    rounded = round(answer, 2) if isinstance(answer, int | float) else answer
     return compare(rounded, round(half["dice"]["pet"], 2), mistakes, "write both in TP, FP and FN")
 
 
@@ -101,7 +101,7 @@ def even_loss(answer: float | None) -> str:
         1.58: "that is in bits: PyTorch takes the natural logarithm",
         0.48: "that is to base 10: PyTorch takes the natural logarithm",
     }
-    rounded = answer if answer is None else round(answer, 2)
+    rounded = round(answer, 2) if isinstance(answer, int | float) else answer
     return compare(rounded, round(loss, 2), mistakes, "it is -ln(1/3)")
 
 

@@ -1,0 +1,333 @@
+"""The narrative: what its cells compute is right, its quiz tells right from wrong, and its page reads on any screen."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import petseg_utils as pets
+
+NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
+CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+KEPT = json.loads((pets.ROOT / "notebooks" / "oxford_run" / "metrics.json").read_text())
+sys.path.append(str(NOTEBOOK.parent))
+
+import quiz  # noqa: E402
+
+
+def run_cells(*ids: str, **names: object) -> dict:
+    """Run some cells of the notebook with these names defined, and return all names."""
+    space = {"pets": pets, "np": np, "torch": torch, "F": F} | names
+    for one in ids:
+        exec(CELLS[one].source, space)
+    return space
+
+
+def stored(cell: str, kind: str) -> str:
+    """Return the stored output of a cell: what it printed for "text", or its data of a MIME type."""
+    parts = [
+        one.get("text", "") if kind == "text" else one.get("data", {}).get(kind, "") for one in CELLS[cell].outputs
+    ]
+    return "".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------- the first minute
+
+
+def test_first_cell_shows_the_result_and_tells_it_truly():
+    first = next(iter(CELLS.values()))
+    picture = (pets.ROOT / "figures" / "result.png").read_bytes()
+    assert base64.b64decode(first.attachments["result.png"]["image/png"]) == picture
+    assert first.source.index("attachment:result.png") < 200
+    accuracy = f"{100 * KEPT['test']['pixel_accuracy']:.1f} % of the pixels"
+    sizes = KEPT["dataset"]
+    assert all(words in first.source for words in (accuracy, f"{sizes['train']:,} photos", f"of {sizes['test']:,} new"))
+
+
+def test_parameters_are_those_of_the_recipe_and_the_learners_come_first():
+    (cell,) = [cell for cell in CELLS.values() if "parameters" in cell.metadata.get("tags", [])]
+    learners, experiments = re.split(r"^# .*\n", cell.source, flags=re.MULTILINE)
+    names = [re.findall(r"^(\w+): ", part, re.MULTILINE) for part in (learners, experiments)]
+    assert names[0] + names[1] == list(pets.Recipe.model_fields)
+    assert len(names[0]) == 8
+    space = run_cells(cell.id)
+    assert pets.Recipe(**{name: space[name] for name in pets.Recipe.model_fields}) == pets.Recipe()
+
+
+def test_papermill_lists_every_parameter_with_its_meaning():
+    command = [sys.executable, "-m", "papermill", "--help-notebook", str(NOTEBOOK)]
+    told = " ".join(subprocess.run(command, capture_output=True, text=True).stdout.split())
+    for name, field in pets.Recipe.model_fields.items():
+        assert re.search(rf"{name}: \w+ \(default [^)]*\) {re.escape(field.description)}", told), name
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("counts", "unit", "text"),
+    [
+        ((66, 240, 522), "", "54b² + 12b"),
+        ((27, 108, 243), "N²", "27b²N²"),
+        ((6, 9, 12), "", "3b + 3"),
+        ((0,) * 3, "", "0"),
+    ],
+)
+def test_polynomial_finds_the_formula_of_a_count(counts, unit, text):
+    found, written = run_cells("shapes-polynomial")["polynomial"](counts, unit)
+    assert [np.polyval(found, b) for b in (1, 2, 3)] == list(counts)
+    assert written == text
+
+
+def test_table_of_the_courses_net_has_formulas_shares_and_totals():
+    rows = re.findall(r"<tr>(.*?)</tr>", stored("shapes-course-total", "text/html"))
+    table = {
+        cells[0]: cells for cells in (re.findall(r"<td>(.*?)</td>", row.replace("&nbsp;", " ")) for row in rows[1:])
+    }
+    assert table["down2"][2:4] == ["54b² + 12b", "55,680"]
+    assert table["down2"][5:7] == ["27b²N²", "1,811.9"]
+    assert table["all"][3] == f"{sum(p.numel() for p in pets.UNet(32, 5).parameters()):,}"
+    shares = [float(cells[4].rstrip("%")) for name, cells in table.items() if name != "all"]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("b", "depth", "norms", "side", "images"),
+    [(16, 5, 2, 64, 3), (4, 2, 1, 32, 2), (8, 3, 2, 64, 1), (2, 6, 1, 128, 2)],
+)
+def test_memory_of_a_step_is_predicted(b, depth, norms, side, images):
+    space = run_cells("shapes-memory-predicted", "shapes-memory-measured")
+    model = pets.UNet(b, depth, norms=norms)
+    masks = torch.randint(3, (images, side, side), dtype=torch.uint8)
+    measured = space["measured_bytes"](model, torch.zeros(images, 3, side, side, dtype=torch.uint8), masks)
+    predicted = images * space["kept_bytes"](pets.analyse_shapes(model, side), norms)
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_nothing_outside_the_receptive_field_has_influence(level):
+    torch.manual_seed(0)
+    model = pets.UNet(4, 3)
+    influence = run_cells("field-influence")["influence"]
+    seen = influence(model, model.downs[level - 1], torch.randn(1, 3, 64, 64)).nonzero()
+    field = {step.name: step.receptive_field for step in pets.analyse_shapes(model, 64)}[f"down{level}"]
+    widths = seen.max(dim=0).values - seen.min(dim=0).values + 1
+    assert widths.tolist() == [field, field]
+
+
+def test_a_larger_image_is_not_covered_at_depth_5():
+    assert stored("cell-041", "text").endswith(
+        "here: to see all of 64 x 64 takes 96, so that it can: True\n"
+        "the course's net: to see all of 256 x 256 takes 288, so that it can: False\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def test_calibration_counts_more_than_float32_can():
+    many = 2**24 + 2**22
+    calibration = run_cells("cell-083", all_confidence=torch.tensor([0.5]), wrong=torch.tensor([False]))["calibration"]
+    right = torch.ones(many, dtype=torch.bool)
+    right[: many // 4] = False
+    sure, correct, pixels = calibration(torch.full((many,), 0.99), right)
+    assert sure[-1].item() == pytest.approx(0.99, abs=1e-6)
+    assert correct[-1].item() == pytest.approx(0.75, abs=1e-6)
+    assert pixels.tolist() == [0] * 7 + [1]
+
+
+def test_calibration_error_weighs_bins_by_their_pixels():
+    confidence = torch.tensor([0.4, 0.95, 0.95, 0.95])
+    space = run_cells("cell-083", all_confidence=confidence, wrong=torch.tensor([True, False, False, True]))
+    assert space["calibration_error"] == pytest.approx((0.4 + 3 * (0.95 - 2 / 3)) / 4)
+
+
+def test_pictures_are_ranked_by_iou_and_empty_masks_stay_out(pets_fixture):
+    masks = pets_fixture.masks.clone()
+    masks[2] = 1  # an annotator forgot the pet
+    split = pets_fixture._replace(masks=masks)
+    model = pets.UNet(2, 2)
+    matrices = pets.evaluate(model, split, torch.float32)
+    names = {"test_pets": split, "test_matrices": matrices, "model": model, "precision": torch.float32, "asked": {}}
+    space = run_cells("cell-076", **names)
+    ious = [pets.scores(matrices[i])["mean_iou"] for i in space["chosen"]]
+    assert 2 not in space["chosen"]
+    assert ious == sorted(ious, reverse=True)
+    assert ious[0] == max(pets.scores(m)["mean_iou"] for i, m in enumerate(matrices) if i != 2)
+
+
+@pytest.fixture(name="pets_fixture")
+def _pets_fixture(request):
+    return request.getfixturevalue("pets")
+
+
+def test_alternative_texts_state_the_result():
+    results = 0
+    for cell in CELLS.values():
+        for figure, caption in zip(cell.get("outputs", []), cell.get("outputs", [])[1:], strict=False):
+            if "image/png" in figure.get("data", {}):
+                alt = figure.metadata["image/png"]["alt"]
+                plain = caption.data["text/markdown"].strip("*")
+                assert alt.startswith(plain)
+                results += bool(re.search(r"\d", alt.removeprefix(plain)))
+    assert results >= 10
+    (history,) = [one.metadata["image/png"]["alt"] for one in CELLS["cell-063"].outputs if "image/png" in one.data]
+    assert re.search(r"accuracy from \d+% to \d+%", history)
+
+
+# ------------------------------------------------------------------------------------------------- quiz
+
+RIGHT = {1: 512, 2: 4, 3: 576, 4: "background", 5: 0.67, 6: 1.1, 7: 64, 8: 6}
+WRONG = [
+    (1, 256, "before the concatenation"),
+    (1, 1024, "one level below"),
+    (2, 2, "that is the side"),
+    (3, 592, "not five"),
+    (3, 512, "power of two"),
+    (4, "pet", "value in between"),
+    (5, 0.5, "twice"),
+    (6, 1.58, "natural logarithm"),
+    (6, 0.33, "minus its logarithm"),
+    (7, 32, "a scale and a shift"),
+    (7, 128, "not learned"),
+    (8, 5, "half a cell"),
+    (8, "deep", "compare the receptive field"),
+]
+
+
+def iou(matrix):
+    return matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+
+
+def one_level_up(x, skip, up):
+    return up(torch.cat((F.interpolate(x, scale_factor=2), skip), dim=1))
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"), [*RIGHT.items(), (4, " Background "), (5, 2 / 3), (9, iou), (10, one_level_up)]
+)
+def test_right_answer_passes(number, answer, capsys):
+    quiz.check(number, answer)
+    assert capsys.readouterr().out == f"{number}: right\n"
+
+
+@pytest.mark.parametrize(("number", "answer", "why"), WRONG)
+def test_wrong_answer_is_told_why(number, answer, why, capsys):
+    quiz.check(number, answer)
+    told = capsys.readouterr().out
+    assert told.startswith(f"{number}: not yet: ")
+    assert why in told
+
+
+@pytest.mark.parametrize(
+    ("number", "mistake", "why"),
+    [
+        (9, lambda m: m.diagonal() / (m.sum(0) + m.sum(1)), "twice"),
+        (9, lambda m: 2 * m.diagonal() / (m.sum(0) + m.sum(1)), "Dice"),
+        (9, lambda m: m.diagonal() / m.sum(1), "recall"),
+        (9, lambda m: m.diagonal() / m.sum(0), "precision"),
+        (9, lambda m: m.trace() / m.sum(), "shape (3,)"),
+        (9, lambda m: m.nothing, "AttributeError"),
+        (10, lambda x, skip, up: up(torch.cat((skip, F.interpolate(x, scale_factor=2)), dim=1)), "first"),
+        (10, lambda x, skip, up: up(F.interpolate(x, scale_factor=2)), "RuntimeError"),
+        (10, lambda x, skip, up: torch.cat((F.interpolate(x, scale_factor=2), skip), dim=1), "the shape should be"),
+        (10, lambda x, skip, up: one_level_up(x, skip, up) + 1, "numbers"),
+    ],
+)
+def test_wrong_function_is_told_why(number, mistake, why, capsys):
+    quiz.check(number, mistake)
+    told = capsys.readouterr().out
+    assert told.startswith(f"{number}: not yet: ")
+    assert why in told
+
+
+@pytest.mark.parametrize("number", quiz.QUESTIONS)
+def test_no_answer_is_no_mistake(number, capsys):
+    quiz.check(number, None if number < 9 else lambda *given: None)
+    assert capsys.readouterr().out == f"{number}: not answered yet\n"
+
+
+def test_each_question_has_an_open_cell_and_a_folded_solution():
+    ids = list(CELLS)
+    cells = [one for one in ids if "quiz" in CELLS[one].metadata.get("tags", [])]
+    assert len(cells) == len(quiz.QUESTIONS) >= 8
+    for number, one in enumerate(cells, 1):
+        assert "None" in CELLS[one].source
+        assert stored(one, "text") == f"{number}: not answered yet\n"
+        assert CELLS[ids[ids.index(one) + 1]].source.startswith("<details><summary>Solution</summary>")
+
+
+def test_folded_solutions_of_the_functions_are_right(capsys):
+    for number, cell in ((9, "quiz-c9"), (10, "quiz-c10")):
+        (solution,) = re.findall(r"```python\n(.*?)```", CELLS[f"quiz-s{number}"].source, re.DOTALL)
+        source = CELLS[cell].source.replace("    return None  # yours\n", re.sub("(?m)^", "    ", solution) + "\n")
+        exec(source, {"quiz": quiz, "torch": torch, "F": F})
+        assert capsys.readouterr().out == f"{number}: right\n"
+
+
+def test_exercises_have_level_minutes_result_and_hints():
+    exercises = [cell.source for one, cell in CELLS.items() if re.fullmatch(r"ex-\d", one)]
+    assert len(exercises) >= 6
+    for text in exercises[:-1]:  # the last is a project
+        assert re.search(r"\*(Easy|Medium|Hard), \d+ minutes", text)
+        assert "Expected:" in text
+        assert "<details><summary>Hints</summary>" in text
+    assert sum(p.numel() for p in pets.UNet(32, 4).parameters()) == 3_352_323
+    assert "3,352,323" in CELLS["ex-1"].source
+
+
+# ------------------------------------------------------------------------------------------------- page and photo
+
+
+def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_path):
+    bar = nbformat.v4.new_output(
+        "stream", name="stderr", text="epoch 1:  50%|##   |\repoch 1: 100%|####|\r          \r"
+    )
+    said = nbformat.v4.new_output("stream", name="stderr", text="a warning\n")
+    cell = nbformat.v4.new_code_cell("train()", outputs=[bar, said])
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"title": "A title"})
+    nbformat.write(notebook, tmp_path / "one.ipynb")
+    template = pets.ROOT / "notebooks" / "page.html.j2"
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--template-file", str(template), "one.ipynb"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    page = (tmp_path / "one.html").read_text()
+    assert "<title>A title</title>" in page
+    assert "http" not in page
+    assert page.count('class="output_stream"') == 1
+    assert "a warning" in page
+    assert "epoch" not in page
+
+
+def photo(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "photo.py", *words], cwd=pets.ROOT, capture_output=True, text=True)
+
+
+def test_photo_writes_mask_and_overlay_in_the_size_that_the_camera_meant(tmp_path):
+    picture = Image.effect_noise((60, 40), 50).convert("RGB")
+    turned = picture.getexif()
+    turned[0x0112] = 6  # turn by 90 degrees to show it
+    picture.save(tmp_path / "test-story.jpg", exif=turned)
+    done = photo(str(tmp_path / "test-story.jpg"))
+    assert done.returncode == 0, done.stderr
+    files = [pets.ROOT / "runs" / f"test-story_{kind}.png" for kind in ("mask", "overlay")]
+    assert [Image.open(file).size for file in files] == [(40, 60)] * 2
+    colors = {tuple(pixel) for pixel in np.array(Image.open(files[0])).reshape(-1, 3).tolist()}
+    assert colors <= {tuple(np.rint(255 * pets.colorize(torch.tensor([[k]]))[0, 0]).astype(int)) for k in range(3)}
+    for file in files:
+        file.unlink()
+
+
+def test_photo_that_is_none_ends_in_a_sentence(tmp_path):
+    (tmp_path / "note.txt").write_text("no picture")
+    done = photo(str(tmp_path / "note.txt"))
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "cannot be decoded" in done.stderr
