@@ -241,7 +241,10 @@ def execute(parameters: dict, folder: Path) -> None:
         with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as sockets:
             # Sockets that are files: kernels that start at the same moment may draw the same ports (papermill's 511).
             private = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-            papermill.execute_notebook(NOTEBOOK, output, given, progress_bar=False, cwd=pets.ROOT, config=private)
+            quiet = ["--log-level=CRITICAL"]  # a kernel's log would stand in the middle of the progress bar
+            papermill.execute_notebook(
+                NOTEBOOK, output, given, progress_bar=False, cwd=pets.ROOT, config=private, extra_arguments=quiet
+            )
     except PapermillExecutionError as error:
         told = error.evalue if error.ename == "InputError" else f"{error.ename}: {error.evalue}, see {output}."
         raise InputError(" ".join(told.split())) from None

@@ -1,17 +1,21 @@
 """Comparing runs: the statistics, folding over seeds, broken runs, and what comes from files in the page."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
+from papermill.exceptions import PapermillExecutionError
 
 import petseg_utils as pets
 import sweep
 
-COUNTS = [f"{true}_as_{predicted}" for true in pets.CLASSES for predicted in pets.CLASSES]
+ROOT = pets.ROOT  # tests of broken runs have another
 
 
 def some_counts(images: int = 40, skill: float = 0.7, seed: int = 0) -> dict[str, np.ndarray]:
@@ -321,3 +325,36 @@ def test_all_that_comes_from_a_file_is_escaped(root):
     assert "&lt;script&gt;" in page
     assert "&lt;img" in page
     assert 'href="../runs/%3Cimg%20src%3Dx%20onerror%3Dalert%281%29%3E%26amp%3B/notebook.ipynb"' in page
+
+
+# ------------------------------------------------------------------------------------------------- the notebook
+
+
+def run_notebook(output: Path, **parameters: object) -> str:
+    """Run compare_runs.ipynb through papermill and return the HTML of its tables. Raises what a cell raises."""
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "compare_runs.ipynb", output, parameters, progress_bar=False, cwd=ROOT
+    )
+    shown = [one for cell in nbformat.read(output, as_version=4).cells for one in cell.get("outputs", [])]
+    return "".join(one.data.get("text/html", "") for one in shown if "data" in one)
+
+
+def test_the_notebook_shows_a_table_of_runs_sorted_by_validation(tmp_path):
+    page = run_notebook(tmp_path / "notebook.ipynb", RUNS="benchmarks/ablations.csv", MAKE_RUNS=False)
+    kept, _ = sweep.find_runs("benchmarks/ablations.csv")
+    (rows,) = sweep.group_runs(kept).values()
+    assert re.findall(r"<tr><td>([^<]+)", page) == [row.name for row in rows]
+    header = re.findall(r"<th>(\w+)</th>", page)
+    assert {"SKIPS", "AUGMENT", "DEPTH"} <= set(header)
+    assert not {"DATASET", "RUN_NAME", "DEVICE", "SEED"} & set(header)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [({"RUNS": "runs/nowhere"}, "no folder or table of 'runs/nowhere'"), ({"RUN": "a"}, "there is no parameter RUN")],
+)
+def test_the_notebook_ends_a_mistake_in_one_sentence(parameters, sentence, tmp_path):
+    with pytest.raises(PapermillExecutionError) as caught:
+        run_notebook(tmp_path / "notebook.ipynb", **parameters, MAKE_RUNS=False)
+    assert caught.value.ename == "InputError"
+    assert caught.value.evalue.startswith(sentence)
