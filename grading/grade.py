@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -89,6 +90,11 @@ def find(hand_in: Path, file: Path) -> Path:
     if not path.is_file() or path.stat().st_size > LARGEST:
         sys.exit(f"{path} is no file of at most {LARGEST // 2**20} MiB: hand in the file itself.")
     return path
+
+
+def copy_around_notebooks(folder: Path) -> None:
+    """Copy into a folder what lies beside the project's notebooks, but no notebook."""
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("*.ipynb", ".*", "__*"))
 
 
 def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:

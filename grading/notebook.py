@@ -46,8 +46,9 @@ def execute(folder: Path, report: Callable[[dict], None]) -> None:
     except PapermillExecutionError as error:
         report({"error": f"{error.ename}: {error.evalue}"})
     cells = nbformat.read("executed.ipynb", as_version=4).cells
-    answers = re.findall(r"^right: (True|False)$", "\n".join(map(printed, cells)), re.MULTILINE)
-    report({"quiz": f"Of {len(answers)} answers of the quiz {answers.count('True')} are right."})
+    answers = re.findall(r"^(?:right: |\d+: )(.+)$", "\n".join(map(printed, cells)), re.MULTILINE)
+    right = sum(answer in ("True", "right") for answer in answers)
+    report({"quiz": f"Of {len(answers)} answers of the quiz {right} are right."})
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
