@@ -99,13 +99,11 @@ def copy_around_notebooks(folder: Path) -> None:
 
 def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
     """Copy all that a criterion needs into a new folder: the grader's own, one module and perhaps one notebook."""
-    own = [
-        ROOT / "pyproject.toml",
-        *(path for name in (".", "tests", "grading") for path in (ROOT / name).glob("*.py")),
-    ]
-    files = (
-        {path.relative_to(ROOT): path for path in own} | {MODULE: module} | ({NOTEBOOK: notebook} if notebook else {})
-    )
+    own = [path for name in (".", "tests", "grading") for path in (ROOT / name).glob("*.py")]
+    files = {path.relative_to(ROOT): path for path in (*own, ROOT / "pyproject.toml")} | {MODULE: module}
+    if notebook:
+        copy_around_notebooks(folder)
+        files[NOTEBOOK] = notebook
     for target, source in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_bytes(source.read_bytes())
