@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -91,15 +92,18 @@ def find(hand_in: Path, file: Path) -> Path:
     return path
 
 
+def copy_around_notebooks(folder: Path) -> None:
+    """Copy into a folder what lies beside the project's notebooks, but no notebook."""
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("*.ipynb", ".*", "__*"))
+
+
 def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
     """Copy all that a criterion needs into a new folder: the grader's own, one module and perhaps one notebook."""
-    own = [
-        ROOT / "pyproject.toml",
-        *(path for name in (".", "tests", "grading") for path in (ROOT / name).glob("*.py")),
-    ]
-    files = (
-        {path.relative_to(ROOT): path for path in own} | {MODULE: module} | ({NOTEBOOK: notebook} if notebook else {})
-    )
+    own = [path for name in (".", "tests", "grading") for path in (ROOT / name).glob("*.py")]
+    files = {path.relative_to(ROOT): path for path in (*own, ROOT / "pyproject.toml")} | {MODULE: module}
+    if notebook:
+        copy_around_notebooks(folder)
+        files[NOTEBOOK] = notebook
     for target, source in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_bytes(source.read_bytes())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from grading.grade import Criterion, expected_tests, judge, plan, prepare, read_only, read_rubric
+from grading.grade import Criterion, copy_around_notebooks, expected_tests, judge, plan, prepare, read_only, read_rubric
 from grading.sandbox import run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ def write_edition(folder: Path) -> None:
     (folder / "grading" / "rubric.toml").write_text(rubric.partition("# The notebook's criteria")[0])
     (folder / "petseg_utils.py").write_text(without_bodies((ROOT / "petseg_utils.py").read_text(), TO_WRITE))
     (folder / "Makefile").write_text(MAKEFILE)
-    (folder / "notebooks").mkdir()
+    copy_around_notebooks(folder)
     notebook = nbformat.read(ROOT / "notebooks" / "pet_segmentation.ipynb", as_version=4)
     nbformat.write(cleared(notebook), folder / "notebooks" / "pet_segmentation.ipynb")
     todo = "\n".join(f"{number}. `{name}`: {what}." for number, (name, what) in enumerate(TO_WRITE.items(), 1))
