@@ -14,15 +14,15 @@ TO_HTML := $(BIN)/jupyter nbconvert --log-level WARN --to html --template-file n
 .PHONY: run photo sweep compare test faults lab bench outputs grade mutants student
 
 run: .venv/installed
-	@$(BIN)/python run_notebook.py "$(NAME)" $(ARGS)
+	@$(BIN)/python -m support.run_notebook "$(NAME)" $(ARGS)
 
 # Find the pet in a photo with the kept net: no training, no dataset.
 photo: .venv/installed
-	$(BIN)/python photo.py "$(PHOTO)"
+	$(BIN)/python -m support.photo "$(PHOTO)"
 
 # Make the runs of a grid, here or on a Dask scheduler: make sweep GRID=my.json CLUSTER=tcp://host:8786
 sweep: .venv/installed
-	$(BIN)/python -m sweep "$(GRID)" "$(CLUSTER)" "$(WORKERS)"
+	$(BIN)/python -m support.sweep "$(GRID)" "$(CLUSTER)" "$(WORKERS)"
 
 # Put runs side by side: four small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
 compare: .venv/installed

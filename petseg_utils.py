@@ -33,12 +33,12 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 # Files of their own, which nobody has to read to learn about segmentation; what they offer is passed on.
-from machine import check_memory, keep_freed_memory, memory_told, pick_device, pick_precision, room_for  # noqa: F401
-from muon import Muon
-from parameters import InputError, Parameters, check_folder_name, reason
-from pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet  # noqa: F401
-from safe_files import load_tensors, own_folder, read_names, save_tensors, write_atomically, write_csv
-from sample_pets import draw_sample_pets  # noqa: F401
+from support.machine import check_memory, keep_freed_memory, memory_told, pick_device, pick_precision, room_for  # noqa: F401
+from support.muon import Muon
+from support.parameters import InputError, Parameters, check_folder_name, reason
+from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet  # noqa: F401
+from support.safe_files import load_tensors, own_folder, read_names, save_tensors, write_atomically, write_csv
+from support.sample_pets import draw_sample_pets  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent
 CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
@@ -258,11 +258,12 @@ def load_pets(
 def half_size(pets: Pets, masks: bool = True) -> Pets:
     """Return `pets` at half their side, images antialiased; with `masks` False the masks keep their side, to be scored.
 
-    A mask takes the most frequent of four labels (the smallest of equals), so that it keeps its image's centre.
+    A mask takes one of four labels at random: always the same corner would move it, the most frequent lose the border.
     """
     images = v2.functional.resize(pets.images, [pets.images.shape[-1] // 2] * 2, antialias=True)
     fours = pets.masks.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)  # (B, N/2, N/2, 4)
-    return Pets(pets.names, images, fours.mode().values if masks else pets.masks)
+    chosen = torch.randint(4, (*fours.shape[:3], 1), generator=torch.Generator().manual_seed(0))
+    return Pets(pets.names, images, fours.gather(3, chosen).squeeze(3) if masks else pets.masks)
 
 
 def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

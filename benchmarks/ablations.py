@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 import petseg_utils as pets
-import sweep
+from support import sweep
 
 GRID = Path(__file__).with_suffix(".json")
 RESULTS = GRID.with_suffix(".csv")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import petseg_utils as pets
 from petseg_utils import InputError
-from sweep import Run, as_script, check_run
+from support.sweep import Run, as_script, check_run
 
 
 def read_scored(run: Path) -> tuple[Run, pets.Recipe]:

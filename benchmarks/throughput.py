@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import petseg_utils as pets
-from sweep import as_script, cut, write_json
+from support.sweep import as_script, cut, write_json
 
 DEVICE = pets.pick_device()
 PRECISION = pets.pick_precision("auto", DEVICE)

@@ -99,7 +99,7 @@ def copy_around_notebooks(folder: Path) -> None:
 
 def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
     """Copy all that a criterion needs into a new folder: the grader's own, one module and perhaps one notebook."""
-    own = [path for name in (".", "tests", "grading") for path in (ROOT / name).glob("*.py")]
+    own = [path for name in (".", "support", "tests", "grading") for path in (ROOT / name).glob("*.py")]
     files = {path.relative_to(ROOT): path for path in (*own, ROOT / "pyproject.toml")} | {MODULE: module}
     if notebook:
         copy_around_notebooks(folder)

@@ -31,9 +31,9 @@ def execute(folder: Path, report: Callable[[dict], None]) -> None:
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
-    pictures = folder / "sample_pets.py"
+    pictures = folder / "support" / "sample_pets.py"
     text = pictures.read_text()
-    assert text.count(SEED) == 1, f"sample_pets.py no longer says {SEED!r}"
+    assert text.count(SEED) == 1, f"support/sample_pets.py no longer says {SEED!r}"
     pictures.write_text(text.replace(SEED, SEED.replace("0", str(secrets.randbelow(2**31)))))
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)

@@ -89,7 +89,11 @@ def write_edition(folder: Path) -> None:
     kept = [path for path in folder.glob("*") if path.name != ".venv"]
     for path in kept:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    files = [path.relative_to(ROOT) for pattern in ("*.py", "tests/test_rubric_*.py") for path in ROOT.glob(pattern)]
+    files = [
+        path.relative_to(ROOT)
+        for pattern in ("*.py", "support/*.py", "tests/test_rubric_*.py")
+        for path in ROOT.glob(pattern)
+    ]
     for name in (*OWN, *CHECK, *files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import petseg_utils as pets
-import sweep
 from benchmarks import ablations, peer, score, throughput
+from support import sweep
 
 
 @pytest.fixture

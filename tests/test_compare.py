@@ -13,7 +13,7 @@ import torch
 from papermill.exceptions import PapermillExecutionError
 
 import petseg_utils as pets
-import sweep
+from support import sweep
 
 ROOT = pets.ROOT  # tests of broken runs have another
 

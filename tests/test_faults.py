@@ -33,11 +33,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import OxfordIIITPet
 
-import machine
 import petseg_utils as pets
-import run_notebook
-import safe_files
 from petseg_utils import InputError, Recipe, UNet, draw_sample_pets, load_tensors, save_tensors, train
+from support import machine, run_notebook, safe_files
 
 LONG = os.environ.get("PETSEG_FAULTS") == "long"
 KILLS, FLIPS, EXAMPLES = (30, 2000, 400) if LONG else (2, 200, 20)
@@ -1191,7 +1189,7 @@ def start(name: str, *options: str) -> subprocess.Popen:
     """Start what `make run` starts."""
     values = ("IMAGE_SIZE 32", "BASE_CHANNELS 4", "DEPTH 2", "EPOCHS 1", "LIMIT 60", "BATCH_SIZE 8")
     words = [word for value in (*values, *options) for word in ("-p", *value.split(" ", 1))]
-    command = [sys.executable, str(pets.ROOT / "run_notebook.py"), name, *words]
+    command = [sys.executable, "-m", "support.run_notebook", name, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT)
 
 

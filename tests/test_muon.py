@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from muon import Muon, orthogonalize
+from support.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)], ids=["wide", "tall"])

@@ -307,7 +307,8 @@ def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_pat
 
 
 def photo(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "photo.py", *words], cwd=pets.ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "support.photo", *words]
+    return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True)
 
 
 def test_photo_writes_mask_and_overlay_in_the_size_that_the_camera_meant(tmp_path):

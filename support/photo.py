@@ -1,6 +1,6 @@
 """Find the pet in a photo with the net that is kept in notebooks/oxford_run: no training, no dataset, no internet.
 
-python photo.py PHOTO   writes runs/PHOTO_mask.png and runs/PHOTO_overlay.png; any format that Pillow reads, any size
+python -m support.photo PHOTO   writes runs/PHOTO_mask.png and runs/PHOTO_overlay.png; Pillow's formats, any size
 """
 
 import sys

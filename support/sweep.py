@@ -1,6 +1,6 @@
 """Make many runs of the narrative notebook at once, and say what they differ by and whether the difference is real.
 
-    python -m sweep GRID [CLUSTER [WORKERS]]
+    python -m support.sweep GRID [CLUSTER [WORKERS]]
 
 GRID is a JSON file: {"base": {parameters}, "changes": {"name": {parameters}, ...}, "seeds": [0, 1]}. Each change is
 made with each seed. CLUSTER is the address of a Dask scheduler, "tcp://host:8786", whose workers were started in this

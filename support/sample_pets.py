@@ -13,7 +13,7 @@ from filelock import FileLock
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from parameters import InputError, reason
+from support.parameters import InputError, reason
 
 # Furs, furniture, walls and floors share these colours, so that colour alone does not give a pet away.
 WHITE, CREAM, GINGER, BROWN = (238, 234, 226), (226, 204, 166), (204, 128, 62), (138, 92, 58)

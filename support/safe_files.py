@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from parameters import InputError, brief, reason
+from support.parameters import InputError, brief, reason
 
 
 def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:

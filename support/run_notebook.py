@@ -1,4 +1,4 @@
-"""Execute the notebook through papermill into a run's folder: python run_notebook.py NAME [papermill's options].
+"""Execute the notebook into a run's folder: python -m support.run_notebook NAME [papermill's options].
 
 What `make run` calls. An executed notebook that is there is kept until the new one is complete, and whatever goes
 wrong is told in one last sentence.
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-from parameters import InputError, check_folder_name, reason
+from support.parameters import InputError, check_folder_name, reason
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "pet_segmentation.ipynb"
 PAGE = ROOT / "notebooks" / "page.html.j2"  # how the executed notebook looks in a browser
 
@@ -25,13 +25,15 @@ def run(name: str, options: list[str]) -> Path:
         # Imported here, for it takes seconds, before which a bad name is told.
         from filelock import FileLock, Timeout
         from nbconvert import HTMLExporter
+        from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-        from safe_files import write_atomically
+        from support.safe_files import write_atomically
 
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".notebook.lock", timeout=0):
             execute(draft, ["-r", "RUN_NAME", name, *options])
-            page, _ = HTMLExporter(template_file=str(PAGE)).from_filename(str(draft))
+            exporter = HTMLExporter(template_file=str(PAGE), preprocessors=[CoalesceStreamsPreprocessor])
+            page, _ = exporter.from_filename(str(draft))  # with one line for each progress bar
             write_atomically(folder / "notebook.html", lambda file: file.write(page.encode()))
             os.replace(draft, folder / "notebook.ipynb")
     except Timeout:

@@ -13,7 +13,7 @@ import psutil
 import torch
 from pydantic import BaseModel
 
-from parameters import InputError
+from support.parameters import InputError
 
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 
