@@ -230,23 +230,23 @@ def test_images_of_half_the_size_are_what_pillow_makes_and_antialiased():
     assert half_size(pets._replace(images=stripes)).images[..., 1:-1].float().sub(127.5).abs().max() < 15
 
 
-def test_masks_of_half_the_size_take_the_most_frequent_of_four_labels():
+def test_masks_of_half_the_size_take_one_of_four_labels():
     pets = random_pets(12)
     halves = half_size(pets).masks
     assert (halves.shape, halves.dtype) == ((5, 6, 6), torch.uint8)
     for i, y, x in np.ndindex(5, 6, 6):
-        four = pets.masks[i, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].flatten()
-        assert halves[i, y, x] == np.bincount(four, minlength=3).argmax()
+        assert halves[i, y, x] in pets.masks[i, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+    assert torch.equal(half_size(pets).masks, halves)
 
 
-@pytest.mark.parametrize("flipped", [(1,), (2,), (1, 2)], ids=str)
-def test_half_size_keeps_the_centre_of_images_and_masks(flipped):
-    """What is half as large and mirrored is what was mirrored and made half as large: nothing moved to one side."""
-    pets = random_pets(16)
-    mirrored = Pets(pets.names, pets.images.flip([d + 1 for d in flipped]), pets.masks.flip(flipped))
-    first, then = half_size(mirrored), half_size(pets)
-    assert torch.equal(first.masks, then.masks.flip(flipped))
-    assert (first.images.int() - then.images.flip([d + 1 for d in flipped]).int()).abs().max() <= 1
+@pytest.mark.parametrize("side", [0, 1], ids=["left", "right"])
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_masks_of_half_the_size_keep_their_centre_and_their_thin_lines(dimension, side):
+    """A line of one pixel keeps half of its pixels, on whichever side of the pairs it lies."""
+    masks = torch.ones(1, 128, 128, dtype=torch.uint8)
+    masks.select(dimension, 64 + side).fill_(2)
+    pets = Pets(["pug_1"], torch.zeros(1, 3, 128, 128, dtype=torch.uint8), masks)
+    assert 20 <= (half_size(pets).masks == 2).sum() <= 44  # of 64
 
 
 def test_masks_that_are_only_scored_keep_their_size():
