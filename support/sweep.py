@@ -152,8 +152,9 @@ def start_workers(cluster: str, workers: int) -> Client:
     # A worker that dies takes its run along; after three deaths it is the run that is given up.
     dask_config.set({"distributed.scheduler.allowed-failures": 3, "distributed.scheduler.worker-saturation": 1.0})
     if not cluster:
-        # No dashboard, which would need a port; no limit of memory, which belongs to the kernels, not to the workers.
-        own = LocalCluster(workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50)
+        # Any free port for Dask's own page; no limit of memory, which the kernels need, not the workers.
+        page = "127.0.0.1:0"
+        own = LocalCluster(workers, threads_per_worker=1, dashboard_address=page, memory_limit=0, silence_logs=50)
         client = Client(own)
         client.own_cluster = own  # the one to close it
         return client
@@ -219,7 +220,7 @@ def what_is_there(folder: Path, parameters: dict) -> str:
     """
     try:
         kept = pets.read_run(folder)
-        theirs, code = kept["parameters"], kept.get("versions", {}).get("petseg_utils")
+        theirs, code = {**kept["parameters"]}, kept.get("versions", {}).get("petseg_utils")
     except (InputError, LookupError, TypeError, AttributeError):
         return ""
     own = {name: value for name, value in parameters.items() if name not in pets.Recipe.PLACES}
@@ -227,9 +228,20 @@ def what_is_there(folder: Path, parameters: dict) -> str:
     if other:
         where = f"there is another run in {folder}, with {'; '.join(other)}"
         raise InputError(f"{where}: give this one another name, or move that one away.")
+    if not ran_to_its_end(folder / "notebook.ipynb"):
+        return ""
     module = Path(pets.__file__).read_bytes()
     same = code == hashlib.sha1(b"blob %d\0" % len(module) + module).hexdigest()  # as `save_run` notes it
     return "complete" if same else "complete, made by another version of petseg_utils.py"
+
+
+def ran_to_its_end(notebook: Path) -> bool:
+    """Return whether papermill executed the notebook's last cell; results are there some cells before that."""
+    try:
+        record = json.loads(notebook.read_text())["metadata"]["papermill"]
+        return bool(record["end_time"]) and not record["exception"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def execute(parameters: dict, folder: Path) -> None:

@@ -87,6 +87,8 @@ def write_metrics(folder: Path, **changes: object) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.csv").write_text("epoch,seconds\n1,2\n")
     (folder / "metrics.json").write_text(json.dumps({"parameters": parameters}))
+    record = {"papermill": {"end_time": "2026-11-24T16:00:00", "exception": None}}
+    (folder / "notebook.ipynb").write_text(json.dumps({"metadata": record}))
     return parameters
 
 
@@ -108,6 +110,13 @@ def test_a_damaged_run_is_made_again(tmp_path):
     for damage in ("", "[]", "{}", '{"parameters": []}'):
         (tmp_path / "metrics.json").write_text(damage)
         assert sweep.what_is_there(tmp_path, parameters) == ""
+
+
+@pytest.mark.parametrize("record", [{"end_time": None, "exception": None}, {"end_time": "now", "exception": True}, {}])
+def test_a_run_killed_between_its_results_and_its_last_cell_is_gone_on_with(record, tmp_path):
+    parameters = write_metrics(tmp_path)
+    (tmp_path / "notebook.ipynb").write_text(json.dumps({"metadata": {"papermill": record}}))
+    assert sweep.what_is_there(tmp_path, parameters) == ""
 
 
 def test_a_run_by_another_version_is_told(tmp_path):
