@@ -527,8 +527,10 @@ def save_run(folder: Path, metrics: dict, history: list[dict], scored: dict[str,
         for name, row in zip(pets.names, matrices.flatten(1).tolist(), strict=True)
     ]
     splits = {split: {**scores(m.sum(0)), "images": len(m)} for split, (_, m) in scored.items()}
-    code = Path(__file__).read_bytes()  # named as git does: `git log --find-object=NAME` finds its commit
-    versions = {"torch": torch.__version__, "petseg_utils": hashlib.sha1(b"blob %d\0" % len(code) + code).hexdigest()}
+    code = [Path(__file__), *sorted((ROOT / "support").glob("*.py"))]
+    versions = {"torch": torch.__version__}
+    for file in code:  # named as git does: `git log --find-object=NAME` finds its commit
+        versions[file.stem] = hashlib.sha1(b"blob %d\0" % file.stat().st_size + file.read_bytes()).hexdigest()
     text = json.dumps({**metrics, **splits, "versions": versions}, indent=2) + "\n"
     write_csv(folder / "history.csv", history)
     write_csv(folder / "images.csv", images)
