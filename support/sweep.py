@@ -22,7 +22,8 @@ import socket
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import ROUND_FLOOR, Decimal
 from functools import lru_cache
 from itertools import groupby
@@ -147,28 +148,29 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
     return [outcomes[name] for name in runs]
 
 
-def start_workers(cluster: str, workers: int) -> Client:
-    """Return a client of the scheduler at `cluster`, or of `workers` new processes. Errors: `InputError`."""
-    # A worker that dies takes its run along; after three deaths it is the run that is given up.
-    dask_config.set({"distributed.scheduler.allowed-failures": 3, "distributed.scheduler.worker-saturation": 1.0})
+@contextmanager
+def start_workers(cluster: str, workers: int) -> Iterator[Client]:
+    """Give a client of the scheduler at `cluster`, or of `workers` processes that end with it. Errors: `InputError`."""
     if not cluster:
+        # A worker that dies takes its run along; after three more deaths it is the run that is given up.
+        dask_config.set({"distributed.scheduler.allowed-failures": 3, "distributed.scheduler.worker-saturation": 1.0})
         # Any free port for Dask's own page; no limit of memory, which the kernels need, not the workers.
         page = "127.0.0.1:0"
-        own = LocalCluster(workers, threads_per_worker=1, dashboard_address=page, memory_limit=0, silence_logs=50)
-        client = Client(own)
-        client.own_cluster = own  # the one to close it
-        return client
+        options = {"threads_per_worker": 1, "dashboard_address": page, "memory_limit": 0, "silence_logs": 50}
+        with LocalCluster(n_workers=workers, **options) as own, Client(own) as client:
+            yield client
+        return
     try:
         client = Client(cluster, timeout="10s")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"no Dask scheduler answers at {cluster} ({reason}): start one, or leave it out.") from None
-    threads = client.nthreads().values()
-    if not threads or max(threads) > 1:
-        client.close()
-        what = "have more than one thread" if threads else "are missing"
-        raise InputError(f"the workers of {cluster} {what}: start some with --nthreads 1, since a run needs a process.")
-    return client
+    with client:
+        threads = client.nthreads().values()
+        if not threads or max(threads) > 1:
+            what = f"the workers of {cluster} {'have more than one thread' if threads else 'are missing'}"
+            raise InputError(f"{what}: start some with --nthreads 1, since a run needs a process of its own.")
+        yield client
 
 
 def this_host() -> tuple[str, int]:

@@ -74,8 +74,19 @@ def test_the_ablations_are_a_grid_of_valid_recipes():
 
 
 def test_no_scheduler_ends_in_a_sentence(complains):
-    with complains("no Dask scheduler answers at tcp://127.0.0.1:9"):
-        sweep.start_workers("tcp://127.0.0.1:9", 1)
+    with complains("no Dask scheduler answers at tcp://127.0.0.1:9"), sweep.start_workers("tcp://127.0.0.1:9", 1):
+        pass
+
+
+def test_as_many_workers_are_started_as_asked_for_and_numbered(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with sweep.start_workers("", 3) as client:
+        threads = client.nthreads()
+        names = [worker["name"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+        shares = sweep.threads_by_host(client)
+    assert list(threads.values()) == [1, 1, 1]
+    assert sorted(names) == [0, 1, 2]
+    assert list(shares.values()) == [max(1, sweep.CPU_COUNT // 3)]
 
 
 # ------------------------------------------------------------------------------------------------- what is there
@@ -229,5 +240,5 @@ def test_workers_with_two_threads_are_refused(scheduler, complains):
     processes.append(start("worker", address, "--nthreads", "2", "--no-nanny"))
     with pets_client(address) as client:
         client.wait_for_workers(1, timeout=60)
-        with complains("more than one thread", "--nthreads 1"):
-            sweep.start_workers(address, 1)
+        with complains("more than one thread", "--nthreads 1"), sweep.start_workers(address, 1):
+            pass
