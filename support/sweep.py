@@ -394,10 +394,7 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
             if path.suffix == ".csv":
                 runs += read_table(path)
             elif (path / "metrics.json").exists():
-                run = check_run(pets.read_run(path), os.path.relpath(path, pets.ROOT))
-                if not run.history:
-                    raise InputError("its history.csv has no epochs: make the run again.")
-                runs.append(run)
+                runs.append(check_run(pets.read_run(path), os.path.relpath(path, pets.ROOT)))
         except (InputError, RecursionError, csv.Error) as error:
             told = " ".join(f"{os.path.relpath(path, pets.ROOT)} is left out: {error}".split())
             left_out.append(told.removesuffix(".") + ".")
@@ -417,6 +414,8 @@ def check_run(given: dict, folder: str = "") -> Run:
         _ = run.recipe, run.seed, run.test_of
         if any((matrix < 0).any() for split in counts.values() for matrix in split.values()):
             raise ValueError("images.csv has negative counts")
+        if given.get("history") == []:  # a table's line has none
+            raise ValueError("history.csv has no epochs")
     except ValidationError as errors:
         error = errors.errors()[0]
         where = ".".join(map(str, error["loc"]))
