@@ -25,24 +25,17 @@ def read_scored(run: Path) -> tuple[Run, pets.Recipe]:
     return found, recipe
 
 
-def load_model(run: Path, recipe: pets.Recipe) -> pets.UNet:
-    """Return the net of a run with its weights. Errors: `InputError`."""
-    model = pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH, norms=recipe.NORMS, skips=recipe.SKIPS)
-    pets.load_weights(run / "weights.pt", model)
-    return model
-
-
 def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
     """Load the run's weights, predict the test split and print both scores; all that can be wrong is found first."""
     then, recipe = read_scored(pets.ROOT / run)
     device = pets.pick_device(recipe.DEVICE)
-    model = load_model(pets.ROOT / run, recipe).to(device)
+    model, _ = pets.load_net(pets.ROOT / run)
     folder = pets.find_dataset(data_dir)
     names = pets.read_split(folder, "test", recipe.LIMIT)
     if len(names) != then.test.images:
         raise InputError(f"{folder} has {len(names)} test images, but {run} was scored on {then.test.images}.")
     test = pets.load_pets(folder, names, recipe.IMAGE_SIZE, "test images", mask_side=recipe.SCORE_SIZE)
-    matrices = pets.evaluate(model, test, pets.pick_precision(recipe.PRECISION, device), flip=recipe.FLIP)
+    matrices = pets.evaluate(model.to(device), test, pets.pick_precision(recipe.PRECISION, device), flip=recipe.FLIP)
     now = pets.scores(matrices.sum(0))
     for name in ("pixel_accuracy", "mean_iou"):
         print(f"{name}: {now[name]:.6f} now, {getattr(then.test, name):.6f} then, on {len(names)} test images")

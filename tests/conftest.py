@@ -1,12 +1,10 @@
 """Fixtures and helpers that several test files share."""
 
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,6 @@ import torch
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: tests need no window
 
 from petseg_utils import ROOT, InputError, Pets, draw_sample_pets
-
-
-def cut(value: float, digits: int) -> str:
-    """Return a number cut to so many digits, as the README writes scores: it never promises more than there is."""
-    hundreds = math.floor(Fraction(repr(value)) * 10**digits)  # exact: 0.29 * 100 is less than 29 in floats
-    return f"{hundreds / 10**digits:.{digits}f}"
 
 
 @contextmanager
