@@ -96,7 +96,7 @@ class Recipe(Parameters):
         for side in {*self.small_sides, self.IMAGE_SIZE}:
             check_side(side, self.DEPTH)
         if len(self.small_sides) >= self.EPOCHS or max(self.small_sides, default=0) > self.IMAGE_SIZE:
-            wanted = f"name less than {self.EPOCHS} epochs, and sides up to {self.IMAGE_SIZE}"
+            wanted = f"name fewer epochs than {self.EPOCHS}, at sides up to {self.IMAGE_SIZE}"
             why = "the last epochs train at IMAGE_SIZE, which is scored"
             raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}: {why}.")
         return self

@@ -123,7 +123,7 @@ def test_what_one_number_alone_may_be_can_be_wrong_with_another(complains):
     with complains("36 is no multiple of 8", "make it 32 or 40"):
         Recipe(IMAGE_SIZE=72, DEPTH=3, SMALL_EPOCHS="1 at 36")
     assert Recipe(IMAGE_SIZE=72, DEPTH=3, SMALL_EPOCHS="1 at 40").small_sides == [40]
-    with complains("SMALL_EPOCHS", "less than 4 epochs", "not '4 at 32'"):
+    with complains("SMALL_EPOCHS", "fewer epochs than 4", "not '4 at 32'"):
         Recipe(EPOCHS=4, SMALL_EPOCHS="4 at 32")
     with complains("SMALL_EPOCHS", "sides up to 64", "not '1 at 96'"):
         Recipe(IMAGE_SIZE=64, SMALL_EPOCHS="1 at 96")
