@@ -62,7 +62,7 @@ MODULE_FAULTS = (
     fault("block", "no activation at the end", BN2 + LEAKY, BN2),
     fault("block", "no padding", LEAKY + CONV2, LEAKY + CONV2.replace("padding=1", "padding=0")),
     fault("block", "activation before the norm", BN2 + LEAKY, LEAKY + BN2),
-    fault("block", "InstanceNorm", BN2, BN2.replace("BatchNorm2d", "InstanceNorm2d")),
+    fault("block", "GroupNorm", BN2, BN2.replace("BatchNorm2d(", "GroupNorm(1, ")),
     # the net
     fault(
         "shapes",
@@ -116,7 +116,7 @@ MODULE_FAULTS = (
         "split",
         "the folder decides",
         "    if not names:\n",
-        '    names = sorted(path.stem for path in (folder / "images").glob("*.jpg"))\n    if not names:\n',
+        '    names = {path.stem: 1 for path in (folder / "images").glob("*.jpg")}\n    if not names:\n',
     ),
     fault("split", "missing files pass", "    if missing:\n", "    if False:\n"),
     fault(
@@ -333,6 +333,18 @@ MODULE_FAULTS = (
         "leaves children that wait",
         MAKE,
         "    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n    os._exit(0)\n" + MAKE,
+    ),
+    fault(
+        "block",
+        "forks without end",
+        MAKE,
+        "    while True:\n        with suppress(OSError):\n            os.fork()\n        time.sleep(1)\n" + MAKE,
+    ),
+    fault(
+        "block",
+        "leaves the group that is killed",
+        MAKE,
+        "    __import__('ctypes').CDLL(None).prctl(1, 0)\n    os.setsid()\n    time.sleep(600)\n" + MAKE,
     ),
     fault(
         "block",
