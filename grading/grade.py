@@ -244,7 +244,7 @@ def attempt(hand_ins: list[tuple[Path, Path, list[Criterion]]], seconds: float) 
         folders = [Path(temporary).resolve() / str(number) for number in range(len(hand_ins))]
         jobs = [plan(folder, *hand_in) for folder, hand_in in zip(folders, hand_ins, strict=True)]
         read_only = [ROOT, Path(sys.prefix).resolve(), *own]
-        outcomes = run_jobs(sum(jobs, []), read_only, min(4, os.cpu_count() or 1), seconds)
+        outcomes = run_jobs([job for some in jobs for job in some], read_only, min(4, os.cpu_count() or 1), seconds)
         return [{Path(job.name).name: outcomes[job.name] for job in some} for some in jobs]
 
 

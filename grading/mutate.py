@@ -12,7 +12,18 @@ from pathlib import Path
 
 import nbformat
 
-from grading.grade import MODULE, NOTEBOOK, ROOT, Criterion, Result, attempt, expected_tests, judge, prepare, read_rubric
+from grading.grade import (
+    MODULE,
+    NOTEBOOK,
+    ROOT,
+    Criterion,
+    Result,
+    attempt,
+    expected_tests,
+    judge,
+    prepare,
+    read_rubric,
+)
 from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS, OUTPUT_FAULTS, Mutant
 
 OF_MODULE, OF_NOTEBOOK = (*MODULE_FAULTS, *MODULE_HARMLESS), (*NOTEBOOK_FAULTS, *NOTEBOOK_HARMLESS, *OUTPUT_FAULTS)
