@@ -19,7 +19,7 @@ REASONS = {  # what the grader has to say, by criterion, unless a mutant has a r
     "concatenation": "(upsampled, skip) on the channels",
     "skips": "the tensor that was pooled on the same level",
     "sides": "Sizes of tensors must match",
-    "split": "the names",
+    "split": "names of trainval.txt, sorted",
     "hold-out": "no name on both sides",
     "masks": "the trimap by nearest neighbour minus 1",
     "images": "resized bilinearly",
@@ -96,7 +96,7 @@ RECURSIVE = """        return self.out(self.level(x, 0))
         if k == self.depth:
             return self.bottleneck(x)
         kept = self.downs[k](x)
-        below = F.interpolate(self.level(F.max_pool2d(kept, 2), k + 1), scale_factor=2)
+        below = self.upsamples[-1 - k](self.level(self.pools[k](kept), k + 1))
         skip = kept if self.skips else torch.zeros_like(kept)
         return self.ups[-1 - k](torch.cat((below, skip), dim=1))
 """
@@ -173,8 +173,9 @@ MODULE_FAULTS = (
     fault(
         "split",
         "the folder decides",
-        "    if not names:\n",
-        '    names = {path.stem: 1 for path in (folder / "images").glob("*.jpg")}\n    if not names:\n',
+        "    return sorted(np.random",
+        '    names = [path.stem for path in (folder / "images").glob("*.jpg") if path.stem not in others]\n'
+        "    return sorted(np.random",
     ),
     fault("split", "missing files pass", "    if missing:\n", "    if False:\n", why="an InputError, found none"),
     fault(
@@ -346,7 +347,7 @@ MODULE_FAULTS = (
         "short batches kept",
         "            break  # a smaller batch would upset BatchNorm\n",
         "            pass\n",
-        why="DUNNO",
+        why="batches of 3 and 3",
     ),
     fault(
         "epochs",
@@ -374,10 +375,10 @@ MODULE_FAULTS = (
     fault("small-sides", "small epochs ignored", "        if side == recipe.IMAGE_SIZE:\n", "        if True:\n"),
     fault(
         "small-sides",
-        "small images by every second pixel",
+        "small images by nearest neighbour, from larger ones",
         "return train_again, valid_again",
-        "train_again = train_again._replace(images=train_pets.images[..., :: train_pets.images.shape[-1] // side, "
-        ":: train_pets.images.shape[-1] // side])\n        return train_again, valid_again",
+        "train_again = train_again._replace(images=F.interpolate(train_pets.images.float(), side).byte())\n"
+        "        return train_again, valid_again",
         why="as load_pets gives them at the side 8",
     ),
     fault(
