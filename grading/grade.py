@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -70,9 +71,9 @@ class Rubric(NamedTuple):
     seconds: float
 
 
-def read_rubric(path: Path = ROOT / "grading" / "rubric.toml", quick: bool = False) -> Rubric:
+def read_rubric(quick: bool = False) -> Rubric:
     """Read the rubric; `quick` leaves out the criteria of the notebook."""
-    content = tomllib.loads(path.read_text())
+    content = tomllib.loads((ROOT / "grading" / "rubric.toml").read_text())
     criteria = [Criterion(**row) for row in content["criterion"]]
     return Rubric([c for c in criteria if not (quick and c.notebook)], content["pass_mark"], content["seconds"])
 
@@ -148,11 +149,11 @@ def run_pytest(folder: Path, tests: list[str], report: Callable[[dict], None], *
     options = (*options, "-p", "no:unraisableexception")  # it collects garbage, for half a second
     run = pytest.main  # before a hand-in can replace it
     try:
-        module = importlib.import_module("petseg_utils").__file__
+        module = Path(importlib.import_module("petseg_utils").__file__)
     except BaseException as error:  # SystemExit is one, too
         return report({"broken": f"{type(error).__name__}: {error}"[:300]})
     run([*options, *tests], plugins=[Reporter(report)])
-    report({"module": module})
+    report({"module handed in": module == folder / MODULE})
 
 
 def plain(why: str) -> str:
@@ -160,10 +161,12 @@ def plain(why: str) -> str:
     why = why.removeprefix("AssertionError: ").removeprefix("Failed: ")
     if why.startswith("DID NOT RAISE "):
         return f"expected an {why.removeprefix('DID NOT RAISE ')}, found none"
-    return f"expected a check to hold, found {why}" if why.startswith("assert ") else why
+    if why.startswith("assert "):
+        return f"expected a check to hold, found {why}"
+    return f"expected no error, found {why}" if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", why) else why
 
 
-def judge(criterion: Criterion, expected: list[str], outcome: Outcome, folder: Path) -> Result:
+def judge(criterion: Criterion, expected: list[str], outcome: Outcome) -> Result:
     """Turn what a process reported into a verdict with its reason."""
     verdicts = {r["test"]: r for r in outcome.reports if r.get("outcome") != "passed" and "test" in r}
     passed = {r["test"] for r in outcome.reports if r.get("outcome") == "passed"} - set(verdicts)
@@ -171,7 +174,6 @@ def judge(criterion: Criterion, expected: list[str], outcome: Outcome, folder: P
     broken = [r["broken"] for r in outcome.reports if "broken" in r]
     failed = [nodeid for nodeid in expected if nodeid in verdicts]
     canaries = [nodeid for nodeid in started if nodeid.startswith(CANARY)]
-    modules = [r["module"] for r in outcome.reports if "module" in r]
     where = started[-1] if started else "the import of petseg_utils"
     if broken:
         why = f"the module or its tests can't be loaded: {broken[0]}"
@@ -186,8 +188,8 @@ def judge(criterion: Criterion, expected: list[str], outcome: Outcome, folder: P
         why = f"{len(missing)} of {len(expected)} tests gave no verdict, first {missing[0]}"
     elif not canaries or any(nodeid in passed for nodeid in canaries):
         why = "a test that must fail passed: the hand-in changes how it is judged"
-    elif modules != [str(folder / MODULE)]:
-        why = f"the module that was tested is not the one handed in but {modules}"
+    elif {"module handed in": True} not in outcome.reports:
+        why = "the module that was tested is not the one handed in"
     else:
         return Result(criterion, True, "", outcome.seconds)
     return Result(criterion, False, why, outcome.seconds)
@@ -235,22 +237,25 @@ def plan(folder: Path, module: Path, notebook: Path, criteria: list[Criterion]) 
     return jobs
 
 
-def grade(module: Path, notebook: Path, rubric: Rubric, workers: int = 2) -> tuple[list[Result], str]:
+def attempt(hand_ins: list[tuple[Path, Path, list[Criterion]]], seconds: float) -> list[dict[str, Outcome]]:
+    """Run modules and notebooks against criteria; return for each pair the outcomes by criterion, and of its "run"."""
+    own = {file.parent for hand_in in hand_ins for file in hand_in[:2]}  # and nobody may write to what is handed in
+    with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
+        folders = [Path(temporary).resolve() / str(number) for number in range(len(hand_ins))]
+        jobs = [plan(folder, *hand_in) for folder, hand_in in zip(folders, hand_ins, strict=True)]
+        read_only = [ROOT, Path(sys.prefix).resolve(), *own]
+        outcomes = run_jobs([job for some in jobs for job in some], read_only, min(4, os.cpu_count() or 1), seconds)
+        return [{Path(job.name).name: outcomes[job.name] for job in some} for some in jobs]
+
+
+def grade(module: Path, notebook: Path, rubric: Rubric) -> tuple[list[Result], str]:
     """Return a result for every criterion, and the notebook's quiz in words."""
     prepare()
     expected = expected_tests(rubric.criteria)
-    with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
-        top = Path(temporary).resolve()
-        jobs = plan(top, module, notebook, rubric.criteria)
-        outcomes = run_jobs(jobs, read_only(module, notebook), workers, rubric.seconds)
-        results = [judge(c, expected[c.id], outcomes[str(top / c.id)], top / c.id) for c in rubric.criteria]
-        run = outcomes.get(str(top / "run"))
-        return results, next((report["quiz"] for report in run.reports if "quiz" in report), "") if run else ""
-
-
-def read_only(*files: Path) -> list[Path]:
-    """Return the folders that no hand-in may write to: the project, the environment, and those of what it handed in."""
-    return [ROOT, Path(sys.prefix).resolve(), *(file.parent for file in files)]
+    [outcomes] = attempt([(module, notebook, rubric.criteria)], rubric.seconds)
+    reports = outcomes["run"].reports if "run" in outcomes else []
+    quiz = next((report["quiz"] for report in reports if "quiz" in report), "")
+    return [judge(c, expected[c.id], outcomes[c.id]) for c in rubric.criteria], quiz
 
 
 # ------------------------------------------------------------------- telling
@@ -290,7 +295,7 @@ def main() -> None:
     start = time.monotonic()
     rubric = read_rubric(quick=given.quick)
     files = [find(given.hand_in, file).absolute() for file in (MODULE, NOTEBOOK)]
-    results, quiz = grade(*files, rubric, workers=min(4, os.cpu_count() or 1))
+    results, quiz = grade(*files, rubric)
     for c, passed, why, _ in results:
         print(f"{'pass' if passed else 'FAIL'}  {c.points * passed:2} of {c.points:2}  {c.id:14} {c.sentence}")
         if not passed:

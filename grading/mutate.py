@@ -4,7 +4,6 @@ A seeded fault has to turn its criterion red, with a reason; a harmless variant 
 """
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -19,21 +18,19 @@ from grading.grade import (
     ROOT,
     Criterion,
     Result,
+    attempt,
     expected_tests,
     judge,
-    plan,
     prepare,
-    read_only,
     read_rubric,
 )
-from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS, Mutant
-from grading.sandbox import run_jobs
+from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS, OUTPUT_FAULTS, Mutant
 
-OF_MODULE, OF_NOTEBOOK = (MODULE_FAULTS, MODULE_HARMLESS), (NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS)
+OF_MODULE, OF_NOTEBOOK = (*MODULE_FAULTS, *MODULE_HARMLESS), (*NOTEBOOK_FAULTS, *NOTEBOOK_HARMLESS, *OUTPUT_FAULTS)
 MOST_SECONDS = 1800
 LIMIT_OF_ALL = 120
 LIMIT = 30  # for a module's criterion: a mutant that hangs is seen sooner than a hand-in
-UNSEEN = {"outputs"}  # takes a minute, and shows no more than that the notebook was run
+UNSEEN = {"outputs"}  # of a harmless variant: its stored outputs are those of another notebook
 
 
 def changed(source: str, changes: tuple[str, ...], name: str) -> str:
@@ -45,21 +42,18 @@ def changed(source: str, changes: tuple[str, ...], name: str) -> str:
     return source
 
 
-def write(mutant: Mutant, folder: Path, of_notebook: bool) -> tuple[Path, Path]:
-    """Write a mutant's files and return their paths: the module and the notebook, one of them the project's own."""
-    folder.mkdir(parents=True)
-    if not of_notebook:
-        path = folder / MODULE
+def write(mutant: Mutant, path: Path) -> None:
+    """Write the project's module or notebook, as the path's suffix says, with a mutant's changes."""
+    if path.suffix == ".py":
         path.write_text(changed((ROOT / MODULE).read_text(), mutant.changes, mutant.name))
-        return path, ROOT / NOTEBOOK
+        return
     notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
     border = "\n#%%\n"
     sources = changed(border.join(cell.source for cell in notebook.cells), mutant.changes, mutant.name).split(border)
     for cell, source in zip(notebook.cells, sources, strict=True):
         cell.source = source
-    path = folder / NOTEBOOK.name
+    mutant.mark([cell for cell in notebook.cells if cell.cell_type == "code"])
     nbformat.write(notebook, path)
-    return ROOT / MODULE, path
 
 
 def criteria() -> dict[str, Criterion]:
@@ -72,42 +66,41 @@ def criteria() -> dict[str, Criterion]:
     return {c.id: c for c in rubric} | every
 
 
-def judge_mutants(chosen: list[tuple[Mutant, bool]]) -> list[Result]:
+def judge_mutants(chosen: list[Mutant]) -> list[Result]:
     """Return what each mutant got for its criterion, or a harmless variant for all of them."""
     prepare()
     rubric = criteria()
     expected = expected_tests(list(rubric.values()))
-    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as temporary:
-        top = Path(temporary).resolve()
-        jobs, judged = [], []
-        for number, (mutant, of_notebook) in enumerate(chosen):
-            criterion = rubric[mutant.criterion or f"all of the {'notebook' if of_notebook else 'module'}"]
-            files = write(mutant, top / f"hand-in-{number}", of_notebook)
-            jobs += plan(top / str(number), *files, [criterion])
-            judged.append((criterion, top / str(number) / criterion.id))
-        outcomes = run_jobs(jobs, read_only(), min(4, os.cpu_count() or 1), MOST_SECONDS)
-        return [judge(criterion, expected[criterion.id], outcomes[str(f)], f) for criterion, f in judged]
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        hand_ins, judged = [], []
+        for number, mutant in enumerate(chosen):
+            kind, own = ("notebook", NOTEBOOK) if mutant in OF_NOTEBOOK else ("module", MODULE)
+            judged.append(rubric[mutant.criterion or f"all of the {kind}"])
+            path = Path(temporary).resolve() / f"{number}{own.suffix}"
+            write(mutant, path)
+            pair = (path, ROOT / NOTEBOOK) if kind == "module" else (ROOT / MODULE, path)
+            hand_ins.append((*pair, [judged[-1]]))
+        outcomes = attempt(hand_ins, MOST_SECONDS)
+        return [judge(c, expected[c.id], outcome[c.id]) for c, outcome in zip(judged, outcomes, strict=True)]
 
 
 def main() -> None:
     """Grade the mutants, print what came out, and exit with 1 if one survived or a harmless variant lost points."""
     parser = argparse.ArgumentParser(description="Grade seeded faults and harmless variants.")
     parser.add_argument("--sample", action="store_true", help="every sixth fault of the module, every second variant")
-    parser.add_argument("--only", default="", help="only mutants whose name holds this")
+    parser.add_argument("--only", default="", help="only mutants whose criterion or name holds this")
     given = parser.parse_args()
     start = time.monotonic()
-    everything = [
-        (m, nb) for nb, tables in ((False, OF_MODULE), (True, OF_NOTEBOOK)) for table in tables for m in table
-    ]
-    chosen = [pair for pair in everything if given.only in pair[0].name]
+    chosen = [m for m in (*OF_MODULE, *OF_NOTEBOOK) if given.only in f"{m.criterion}: {m.name}"]
     if given.sample:
-        chosen = [(m, False) for m in (*MODULE_FAULTS[::6], *MODULE_HARMLESS[::2])]
+        chosen = [*MODULE_FAULTS[::6], *MODULE_HARMLESS[::2]]
     wrong = []
-    for (mutant, _), (criterion, passed, why, _) in zip(chosen, judge_mutants(chosen), strict=True):
-        right = passed != bool(mutant.criterion)
+    for mutant, (criterion, passed, why, _) in zip(chosen, judge_mutants(chosen), strict=True):
+        right = passed != bool(mutant.criterion) and mutant.why in why
         wrong += [] if right else [mutant.name]
-        print(f"{'ok   ' if right else 'WRONG'} {mutant.name}: {criterion.id}, {'green' if passed else why}")
-    kinds = Counter("faults" if mutant.criterion else "harmless variants" for mutant, _ in chosen)
+        verdict = "green" if passed else why if right else f"{why}; it should say {mutant.why!r}"
+        print(f"{'ok   ' if right else 'WRONG'} {mutant.name}: {criterion.id}, {verdict}")
+    kinds = Counter("faults" if mutant.criterion else "harmless variants" for mutant in chosen)
     print(f"{dict(kinds)}, {len(wrong)} judged wrongly {wrong}, in {time.monotonic() - start:.0f} s")
     sys.exit(bool(wrong))
 

@@ -37,26 +37,33 @@ def known(labels: tuple[torch.Tensor, torch.Tensor]) -> tuple[list[int], list[in
 def test_confusion_matrix_is_scikit_learns(labels):
     matrix = confusion_matrix(*labels)
     assert (matrix.dtype, matrix.shape) == (torch.int64, (3, 3))
-    assert matrix.tolist() == metrics.confusion_matrix(*known(labels), labels=range(3)).tolist()
+    expected, found = metrics.confusion_matrix(*known(labels), labels=range(3)).tolist(), matrix.tolist()
+    assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
 
 
 def test_rows_are_the_truth():
     matrix = confusion_matrix(torch.tensor([0, 0, 1], dtype=torch.uint8), torch.tensor([2, 2, 1], dtype=torch.uint8))
-    assert matrix.tolist() == [[0, 0, 0], [0, 1, 0], [2, 0, 0]]
+    expected, found = [[0, 0, 0], [0, 1, 0], [2, 0, 0]], matrix.tolist()
+    assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
+
+
+def expect(what: str, expected: float | list[float], found: float | list[float]) -> None:
+    assert found == pytest.approx(expected), f"expected {what} {expected}, found {found}"
 
 
 def test_scores_are_scikit_learns(labels):
     truth, predicted = known(labels)
     ours = scores(confusion_matrix(*labels))
-    assert ours["pixel_accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
+    expect("the pixel accuracy", metrics.accuracy_score(truth, predicted), ours["pixel_accuracy"])
     there = sorted({*truth, *predicted})
     iou = metrics.jaccard_score(truth, predicted, labels=there, average=None)
     dice = metrics.f1_score(truth, predicted, labels=there, average=None)
     for name, theirs in (("iou", iou), ("dice", dice)):
         assert list(ours[name]) == list(CLASSES)
-        assert [ours[name][CLASSES[label]] for label in there] == pytest.approx(list(theirs))
-        assert all(ours[name][CLASSES[label]] is None for label in {0, 1, 2}.difference(there))
-    assert ours["mean_iou"] == pytest.approx(iou.mean())
+        expect(f"the {name}", theirs.tolist(), [ours[name][CLASSES[label]] for label in there])
+        absent = {ours[name][CLASSES[label]] for label in {0, 1, 2}.difference(there)}
+        assert absent <= {None}, f"expected no {name} (None) for a class that is not there, found {absent}"
+    expect("the mean IoU", iou.mean(), ours["mean_iou"])
 
 
 def test_class_that_is_only_predicted_scores_zero():

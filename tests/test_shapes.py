@@ -243,3 +243,16 @@ def test_tracing_leaves_the_model_untouched():
         assert module.training
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+def test_trace_follows_a_forward_pass_that_counts_its_levels():
+    class Recursive(UNet):
+        def forward(self, x, level=0):
+            if level == self.depth:
+                return self.bottleneck(x)
+            kept = self.downs[level](x)
+            below = self.upsamples[-1 - level](self.forward(self.pools[level](kept), level + 1))
+            x = self.ups[-1 - level](torch.cat((below, kept), dim=1))
+            return x if level else self.out(x)
+
+    assert all(step.agrees for step in analyse_shapes(Recursive(base_channels=4, depth=3), side=16))
