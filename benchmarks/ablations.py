@@ -13,6 +13,7 @@ from pathlib import Path
 
 import petseg_utils as pets
 from support import sweep
+from support.command import as_script
 
 GRID = Path(__file__).with_suffix(".json")
 RESULTS = GRID.with_suffix(".csv")
@@ -92,4 +93,4 @@ def main(data_dir: str = "", cluster: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sweep.as_script(main, __doc__)
+    as_script(main, __doc__)

@@ -1,6 +1,6 @@
 """Make many runs of the narrative notebook at once, and say what they differ by and whether the difference is real.
 
-    python -m support.sweep GRID [CLUSTER [WORKERS]]
+    make sweep GRID=mine.json CLUSTER=tcp://host:8786 WORKERS=2
 
 GRID is a JSON file: {"base": {parameters}, "changes": {"name": {parameters}, ...}, "seeds": [0, 1]}. Each change is
 made with each seed. CLUSTER is the address of a Dask scheduler, "tcp://host:8786", whose workers were started in this
@@ -14,12 +14,10 @@ spreads the runs over processes and gives a lost worker's run to another.
 import csv
 import hashlib
 import html
-import inspect
 import json
 import os
 import re
 import socket
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,20 +49,6 @@ import petseg_utils as pets
 from petseg_utils import InputError
 
 NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
-
-
-def as_script(main: Callable[..., object], usage: str | None) -> None:
-    """Call `main` with the command line's arguments and exit: a mistake ends in one sentence, and not with 0."""
-    try:
-        inspect.signature(main).bind(*sys.argv[1:])
-    except TypeError:
-        sys.exit(usage)
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except InputError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted: what is complete is kept, and the same command goes on from there.")
 
 
 def cut(value: float, digits: int) -> str:
@@ -653,7 +637,3 @@ def moved_most(run: Run, base: Run, count: int = 2) -> dict[str, float]:
     change = {name: float(pixel_accuracy(own[name]) - pixel_accuracy(others[name])) for name in both}
     ranked = sorted(change, key=lambda name: -change[name])
     return {name: change[name] for name in dict.fromkeys(ranked[:count] + ranked[-count:])}
-
-
-if __name__ == "__main__":
-    as_script(main, __doc__)

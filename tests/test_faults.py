@@ -1189,7 +1189,7 @@ def start(name: str, *options: str) -> subprocess.Popen:
     """Start what `make run` starts."""
     values = ("IMAGE_SIZE 32", "BASE_CHANNELS 4", "DEPTH 2", "EPOCHS 1", "LIMIT 60", "BATCH_SIZE 8")
     words = [word for value in (*values, *options) for word in ("-p", *value.split(" ", 1))]
-    command = [sys.executable, "-m", "support.run_notebook", name, *words]
+    command = [sys.executable, "-m", "support.command", "run", name, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT)
 
 
@@ -1197,7 +1197,7 @@ def start(name: str, *options: str) -> subprocess.Popen:
 def test_bad_name_of_a_run_leaves_no_folder(name):
     before = set(pets.ROOT.iterdir()), set(pets.ROOT.glob("runs/*"))
     with one_sentence("a bad NAME of a run", "NAME should be"):
-        run_notebook.run(name, [])
+        run_notebook.run(name)
     assert before == (set(pets.ROOT.iterdir()), set(pets.ROOT.glob("runs/*")))
 
 
