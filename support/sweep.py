@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import ROUND_FLOOR, Decimal
 from functools import lru_cache
+from glob import glob
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -371,7 +372,8 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
     """
     if any(pattern.startswith("/") or ".." in pattern for pattern in patterns.split()):
         raise InputError(f"RUNS should be folders or tables in the project, counted from its root, not {patterns!r}.")
-    paths = sorted({path for pattern in patterns.split() for path in pets.ROOT.glob(pattern)})
+    # Not `Path.glob`, which raises an error for a pattern that is too long or odd to fit anything.
+    paths = sorted({pets.ROOT / path for pattern in patterns.split() for path in glob(pattern, root_dir=pets.ROOT)})
     runs, left_out = [], []
     for path in paths:
         try:
