@@ -934,7 +934,7 @@ def test_odd_dataset_loads_as_the_intact_one_does(intact, folder, damage):
 def by_name(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return image and mask by the name before `renamed`."""
     splits = read(folder).values()
-    return {original(n): (i.int(), m) for split in splits for n, i, m in zip(*split, strict=True)}
+    return {original(n): (i.int(), m) for split in splits for n, i, m in zip(*split[:3], strict=True)}
 
 
 def original(name: str) -> str:
@@ -1004,7 +1004,8 @@ BY_NAME = {
 SMALL = {
     "IMAGE_SIZE": st.sampled_from([8, 16, 24, 32, 48, 64]), "DEPTH": st.integers(1, 4),
     "BASE_CHANNELS": st.integers(0, 6),
-    "EPOCHS": st.integers(0, 3), "SMALL_EPOCHS": st.sampled_from(["", "1 at 8"]), "BATCH_SIZE": st.integers(1, 9),
+    "EPOCHS": st.integers(0, 3), "BATCH_SIZE": st.integers(1, 9),
+    "SMALL_EPOCHS": st.sampled_from(["", "1 at 8", "1 at 16", "1 at 8, 1 at 16"]),
     "LEARNING_RATE": LIKELY["float"], "WEIGHT_DECAY": LIKELY["float"], "DICE_WEIGHT": LIKELY["float"],
     "NORMS": st.integers(1, 2), "SCORE_SIZE": st.sampled_from([0, 7, 8, 33, 100]), "SEED": st.integers(-1, 2**31),
     **{name: st.booleans() for name in ("SKIPS", "MUON", "LINEAR_DECAY", "AVERAGE", "AUGMENT", "FLIP")},
@@ -1051,15 +1052,16 @@ def test_any_value_of_any_parameter_is_taken_or_refused_at_once(name):
 
 @bounded
 @given(st.fixed_dictionaries({}, optional=SMALL))
-def test_any_combination_trains_or_is_refused(values):
+def test_any_combination_trains_or_is_refused(intact, values):
     side, score = values.get("IMAGE_SIZE", 64), values.get("SCORE_SIZE") or values.get("IMAGE_SIZE", 64)
     drawn = torch.Generator().manual_seed(0)
 
     def some(count, masks):
         images = torch.randint(256, (count, 3, side, side), generator=drawn, dtype=torch.uint8)
         labels = torch.randint(3, (count, masks, masks), generator=drawn, dtype=torch.uint8)
-        return pets.Pets([f"a_{i}" for i in range(count)], images, labels)
+        return pets.Pets(names[:count], images, labels, intact)  # whose photos SMALL_EPOCHS loads again
 
+    names = pets.read_split(intact, "trainval")
     try:
         recipe = Recipe(
             **{"EPOCHS": 1, "BASE_CHANNELS": 2, "DEPTH": 2, "BATCH_SIZE": 4, "PRECISION": "float32"} | values
@@ -1197,7 +1199,7 @@ def test_download_works_and_after_a_fault_works_again(server, intact, tmp_path, 
             pets.find_dataset(tmp_path / "data", download=True)
         server.clear()
     folder = pets.find_dataset(tmp_path / "data", download=True)
-    assert alike(read(folder)["test"]._asdict(), read(intact)["test"]._asdict())
+    assert all(map(alike, read(folder)["test"][:3], read(intact)["test"][:3]))
     note("a download that fails, then again", "right")
 
 
