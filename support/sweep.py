@@ -601,11 +601,11 @@ def comparison(rows: list[Repeated], base: Repeated | None) -> list[dict[str, ob
     """Return the rows of a table for `html_table`: scores in percent, gains over the base in points."""
     different = differing([run for row in rows for run in row.runs])
     table = []
-    for row in rows:
+    for place, row in enumerate(rows, 1):
         first = row.runs[0]
         gains = [row.gain(base, split).points if base and base is not row else "–" for split in ("valid", "test")]
         table.append({
-            "run": row.name, "seeds": ", ".join(str(run.seed) for run in row.runs),
+            "run": row.name, "place": place, "seeds": ", ".join(str(run.seed) for run in row.runs),
             "validation mean IoU, %": row.shown(lambda run: run.valid.mean_iou), "gain (95 %)": gains[0],
             "test mean IoU, %": row.shown(lambda run: run.test.mean_iou), "test gain (95 %)": gains[1],
             "test accuracy, %": row.shown(lambda run: run.test.pixel_accuracy),
