@@ -9,27 +9,23 @@ WORKERS ?= 0
 BIN := .venv/bin
 NOTEBOOK := notebooks/pet_segmentation.ipynb
 COMPARE := notebooks/compare_runs.ipynb
-TO_HTML := $(BIN)/jupyter nbconvert --log-level WARN --to html --template-file notebooks/page.html.j2
 
 .PHONY: run photo sweep compare test faults lab bench outputs grade mutants student
 
 run: .venv/installed
-	@$(BIN)/python -m support.run_notebook "$(NAME)" $(ARGS)
+	@$(BIN)/python -m support.command run "$(NAME)" $(ARGS)
 
 # Find the pet in a photo with the kept net: no training, no dataset.
 photo: .venv/installed
-	$(BIN)/python -m support.photo "$(PHOTO)"
+	@$(BIN)/python -m support.command photo "$(PHOTO)"
 
 # Make the runs of a grid, here or on a Dask scheduler: make sweep GRID=my.json CLUSTER=tcp://host:8786
 sweep: .venv/installed
-	$(BIN)/python -m support.sweep "$(GRID)" "$(CLUSTER)" "$(WORKERS)"
+	@$(BIN)/python -m support.command sweep "$(GRID)" "$(CLUSTER)" "$(WORKERS)"
 
 # Put runs side by side: four small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
 compare: .venv/installed
-	mkdir -p runs
-	$(BIN)/papermill --log-output $(COMPARE) runs/compare.ipynb $(ARGS)
-	$(TO_HTML) runs/compare.ipynb
-	@echo "Done: open runs/compare.html"
+	@$(BIN)/python -m support.command compare $(ARGS)
 
 test: .venv/installed
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import petseg_utils as pets
 from support import sweep
+from support.command import as_script
 
 HERE = Path(__file__).parent
 GRIDS = ("ablations", "optimisers")
@@ -90,4 +91,4 @@ def main(data_dir: str = "", grid: str = "ablations", cluster: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sweep.as_script(main, __doc__)
+    as_script(main, __doc__)

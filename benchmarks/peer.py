@@ -17,7 +17,8 @@ import torch
 
 import petseg_utils as pets
 from benchmarks import ablations
-from support.sweep import as_script, cut, write_json
+from support.command import as_script
+from support.sweep import cut, write_json
 
 KEPT = Path(__file__).with_suffix(".json")
 NETS = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's Unet, ResNet-18"}

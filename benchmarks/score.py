@@ -7,7 +7,8 @@ from pathlib import Path
 
 import petseg_utils as pets
 from petseg_utils import InputError
-from support.sweep import Run, as_script, check_run
+from support.command import as_script
+from support.sweep import Run, check_run
 
 
 def read_scored(run: Path) -> tuple[Run, pets.Recipe]:

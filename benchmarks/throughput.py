@@ -22,7 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 import petseg_utils as pets
-from support.sweep import as_script, cut, write_json
+from support.command import as_script
+from support.sweep import cut, write_json
 
 DEVICE = pets.pick_device()
 PRECISION = pets.pick_precision("auto", DEVICE)

@@ -16,6 +16,7 @@ class InputError(ValueError):
 
     def __init__(self, sentence: str) -> None:
         sentence = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", sentence)  # one line, whatever a name holds
+        sentence = re.sub(r"(\S{100})\S{100,}(\S{100})", r"\1…\2", sentence)  # and no name whole that nobody reads
         super().__init__(sentence if len(sentence) <= 2500 else f"{sentence[:1200]} … {sentence[-1200:]}")
 
     def _render_traceback_(self) -> list[str]:

@@ -1,9 +1,8 @@
 """Find the pet in a photo with the net that is kept in notebooks/oxford_run: no training, no dataset, no internet.
 
-python -m support.photo PHOTO   writes runs/PHOTO_mask.png and runs/PHOTO_overlay.png; Pillow's formats, any size
+make photo PHOTO=my_cat.jpg   writes runs/my_cat_mask.png and runs/my_cat_overlay.png; Pillow's formats, any size
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,8 @@ def segment(photo: Image.Image) -> torch.Tensor:
 
 def main(path: str) -> None:
     """Write the mask of a photo, and the photo with the mask laid over it, and say where. Errors: `InputError`."""
+    if not path:
+        raise pets.InputError("there is no photo to look at: name one, as in make photo PHOTO=my_cat.jpg.")
     photo = pets.open_image(path)
     labels = segment(photo)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
@@ -38,12 +39,3 @@ def main(path: str) -> None:
         pets.write_atomically(file, lambda out, image=image: image.save(out, format="png"))
         print(f"wrote {file.relative_to(pets.ROOT)}")
     print(f"{(labels == pets.CLASSES.index('pet')).double().mean():.0%} of the photo are pet")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not sys.argv[1]:
-        sys.exit(f"{__doc__}\nmake photo PHOTO=my_cat.jpg")
-    try:
-        main(sys.argv[1])
-    except pets.InputError as error:
-        sys.exit(str(error))

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -133,6 +134,23 @@ def read_names(path: Path) -> dict[str, int]:
     return names
 
 
+PATIENCE = 10  # seconds that a lock waits for a process that may be about to end
+
+
+def lock(path: Path) -> None:
+    """Lock a file until this process ends, however it ends. Errors: filelock's `Timeout` if another one holds it.
+
+    A process that was just stopped takes some seconds to end, which are waited for.
+    """
+    own = FileLock(path, is_singleton=True)  # one for all calls of a process
+    try:
+        own.acquire(timeout=0)
+    except Timeout:
+        print(f"another run is writing to {path.parent}: waiting {PATIENCE} seconds for its end", file=sys.stderr)
+        own.acquire(timeout=PATIENCE)
+    atexit.register(own.release)
+
+
 def own_folder(folder: Path, room: int) -> None:
     """Make a folder that this process alone may write to until it ends, with room for so many bytes.
 
@@ -141,8 +159,7 @@ def own_folder(folder: Path, room: int) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", is_singleton=True)  # one for all calls of a process; a dead one holds none
-        lock.acquire(timeout=0)
+        lock(folder / ".lock")
         for draft in folder.rglob(".*.draft"):
             draft.unlink()
         free = shutil.disk_usage(folder).free
@@ -151,7 +168,6 @@ def own_folder(folder: Path, room: int) -> None:
         raise InputError(f"another run is writing to {folder}: {what}.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} cannot be written to ({reason(error)}): change its rights, or RUN_NAME.") from None
-    atexit.register(lock.release)
     if free < room:
         need = f"the run needs {room / 1e6:,.0f} MB on the disk of {folder}, where {free / 1e6:,.0f} MB are free"
         raise InputError(f"{need}: make room, or BASE_CHANNELS smaller.")

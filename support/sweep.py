@@ -1,6 +1,6 @@
 """Make many runs of the narrative notebook at once, and say what they differ by and whether the difference is real.
 
-    python -m support.sweep GRID [CLUSTER [WORKERS]]
+    make sweep GRID=mine.json CLUSTER=tcp://host:8786 WORKERS=2
 
 GRID is a JSON file: {"base": {parameters}, "changes": {"name": {parameters}, ...}, "seeds": [0, 1]}. Each change is
 made with each seed. CLUSTER is the address of a Dask scheduler, "tcp://host:8786", whose workers were started in this
@@ -14,18 +14,17 @@ spreads the runs over processes and gives a lost worker's run to another.
 import csv
 import hashlib
 import html
-import inspect
 import json
 import os
 import re
 import socket
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import ROUND_FLOOR, Decimal
 from functools import lru_cache
+from glob import glob
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,20 +50,6 @@ import petseg_utils as pets
 from petseg_utils import InputError
 
 NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
-
-
-def as_script(main: Callable[..., object], usage: str | None) -> None:
-    """Call `main` with the command line's arguments and exit: a mistake ends in one sentence, and not with 0."""
-    try:
-        inspect.signature(main).bind(*sys.argv[1:])
-    except TypeError:
-        sys.exit(usage)
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except InputError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted: what is complete is kept, and the same command goes on from there.")
 
 
 def cut(value: float, digits: int) -> str:
@@ -387,7 +372,8 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
     """
     if any(pattern.startswith("/") or ".." in pattern for pattern in patterns.split()):
         raise InputError(f"RUNS should be folders or tables in the project, counted from its root, not {patterns!r}.")
-    paths = sorted({path for pattern in patterns.split() for path in pets.ROOT.glob(pattern)})
+    # Not `Path.glob`, which raises an error for a pattern that is too long or odd to fit anything.
+    paths = sorted({pets.ROOT / path for pattern in patterns.split() for path in glob(pattern, root_dir=pets.ROOT)})
     runs, left_out = [], []
     for path in paths:
         try:
@@ -615,11 +601,11 @@ def comparison(rows: list[Repeated], base: Repeated | None) -> list[dict[str, ob
     """Return the rows of a table for `html_table`: scores in percent, gains over the base in points."""
     different = differing([run for row in rows for run in row.runs])
     table = []
-    for row in rows:
+    for place, row in enumerate(rows, 1):
         first = row.runs[0]
         gains = [row.gain(base, split).points if base and base is not row else "–" for split in ("valid", "test")]
         table.append({
-            "run": row.name, "seeds": ", ".join(str(run.seed) for run in row.runs),
+            "run": row.name, "place": place, "seeds": ", ".join(str(run.seed) for run in row.runs),
             "validation mean IoU, %": row.shown(lambda run: run.valid.mean_iou), "gain (95 %)": gains[0],
             "test mean IoU, %": row.shown(lambda run: run.test.mean_iou), "test gain (95 %)": gains[1],
             "test accuracy, %": row.shown(lambda run: run.test.pixel_accuracy),
@@ -653,7 +639,3 @@ def moved_most(run: Run, base: Run, count: int = 2) -> dict[str, float]:
     change = {name: float(pixel_accuracy(own[name]) - pixel_accuracy(others[name])) for name in both}
     ranked = sorted(change, key=lambda name: -change[name])
     return {name: change[name] for name in dict.fromkeys(ranked[:count] + ranked[-count:])}
-
-
-if __name__ == "__main__":
-    as_script(main, __doc__)

@@ -295,7 +295,7 @@ def test_a_broken_table_is_left_out_or_holds_no_runs(content, root, complains):
         sweep.find_runs("table.csv")
 
 
-@pytest.mark.parametrize("patterns", ["", "runs/nothing", "/etc/*", "../*", "runs"])
+@pytest.mark.parametrize("patterns", ["", "runs/nothing", "/etc/*", "../*", "runs", "runs/**a", "\0", "x" * 300])
 def test_patterns_that_no_run_fits_end_in_a_sentence(patterns, root, complains):
     with complains("RUNS"):
         sweep.find_runs(patterns)

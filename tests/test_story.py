@@ -307,7 +307,7 @@ def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_pat
 
 
 def photo(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "support.photo", *words]
+    command = [sys.executable, "-m", "support.command", "photo", *words]
     return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True)
 
 

@@ -208,7 +208,7 @@ def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint_on_another(schedul
     processes.append(start(*worker))
     with pets_client(address) as client:
         client.wait_for_workers(1, timeout=60)
-        command = [sys.executable, "-m", "support.sweep", str(tmp_path / f"{stem}.json"), address]
+        command = [sys.executable, "-m", "support.command", "sweep", str(tmp_path / f"{stem}.json"), address]
         made = subprocess.Popen(command, cwd=pets.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         processes.append(start(*worker))
         wait_for((folder / "checkpoint.pt").exists)
