@@ -10,11 +10,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
@@ -25,7 +27,7 @@ from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision import tv_tensors
 from torchvision.datasets import OxfordIIITPet
@@ -35,7 +37,7 @@ from tqdm import tqdm
 # Files of their own, which nobody has to read to learn about segmentation; what they offer is passed on.
 from support.machine import check_memory, keep_freed_memory, memory_told, pick_device, pick_precision, room_for  # noqa: F401
 from support.muon import Muon
-from support.parameters import InputError, Parameters, check_folder_name, reason
+from support.parameters import InputError, Parameters, brief, check_folder_name, reason
 from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet  # noqa: F401
 from support.safe_files import load_tensors, own_folder, read_names, save_tensors, write_atomically, write_csv
 from support.sample_pets import draw_sample_pets  # noqa: F401
@@ -59,7 +61,7 @@ class Recipe(Parameters):
     IMAGE_SIZE: int = Field(64, ge=8, le=1024, description="side of the images in pixels; divisible by 2**DEPTH")
     BASE_CHANNELS: int = Field(16, ge=1, le=256, description="channels of the first level (the course's net has 32)")
     EPOCHS: int = Field(6, ge=1, le=1000, description="passes over the training images")
-    LEARNING_RATE: float = Field(1e-2, gt=0, le=1, description="its peak, or the rate itself without ONE_CYCLE")
+    LEARNING_RATE: float = Field(1e-2, gt=0, le=1, description="its peak, or the rate itself without LINEAR_DECAY")
     PHOTO: str = Field("", description='image file to try the net on; "" takes the one that scikit-image ships')
     RUN_NAME: str = Field("default", description="results go to runs/RUN_NAME; with papermill, its output's folder")
 
@@ -70,10 +72,10 @@ class Recipe(Parameters):
     DEPTH: int = Field(5, ge=2, le=7, description="levels down, and up again")
     NORMS: int = Field(2, ge=1, le=2, description="BatchNorms in each conv_plus_conv")
     SKIPS: bool = Field(True, description="False replaces what the skip connections carry by zeros")
-    SMALL_EPOCHS: int = Field(0, ge=0, le=999, description="so many first EPOCHS train at half of IMAGE_SIZE")
+    SMALL_EPOCHS: str = Field("", description='first EPOCHS, at smaller sides, like "2 at 64, 3 at 128"; "" for none')
     BATCH_SIZE: int = Field(16, ge=2, le=1024, description="images in one training step")
     MUON: bool = Field(True, description="train with Muon; False trains with AdamW")
-    ONE_CYCLE: bool = Field(True, description="False keeps the learning rate constant")
+    LINEAR_DECAY: bool = Field(True, description="warm the rate up, then let it fall to 0; False keeps it constant")
     WEIGHT_DECAY: float = Field(0.01, ge=0, le=1, description="how much each step shrinks the weights")
     DICE_WEIGHT: float = Field(0.5, ge=0, le=100, description="weight of the Dice loss beside cross-entropy")
     AVERAGE: bool = Field(True, description="keep a moving average of the weights; False keeps the last ones")
@@ -91,24 +93,31 @@ class Recipe(Parameters):
         for name, least in (("LIMIT", 50), ("SCORE_SIZE", 8)):
             if 0 < getattr(self, name) < least:
                 raise InputError(f"{name} should be 0 or at least {least}, not {getattr(self, name)}.")
-        if self.SMALL_EPOCHS >= self.EPOCHS:
-            why = "the last epochs must train at the full side, which is scored"
-            raise InputError(f"SMALL_EPOCHS should be less than EPOCHS, {self.EPOCHS}, not {self.SMALL_EPOCHS}: {why}.")
-        check_side(self.IMAGE_SIZE, self.DEPTH, halved_first=self.SMALL_EPOCHS > 0)
+        for side in {*self.small_sides, self.IMAGE_SIZE}:
+            check_side(side, self.DEPTH)
+        if len(self.small_sides) >= self.EPOCHS or max(self.small_sides, default=0) > self.IMAGE_SIZE:
+            wanted = f"name fewer epochs than {self.EPOCHS}, at sides up to {self.IMAGE_SIZE}"
+            why = "the last epochs train at IMAGE_SIZE, which is scored"
+            raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}: {why}.")
         return self
 
+    @property
+    def small_sides(self) -> list[int]:
+        """The side of the images in each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
+        parts = [re.fullmatch(r"([1-9]\d{0,2}) at ([1-9]\d{0,3})", part) for part in self.SMALL_EPOCHS.split(", ")]
+        if self.SMALL_EPOCHS and not all(parts):
+            raise InputError(f'SMALL_EPOCHS should be like "2 at 64, 3 at 128", not {brief(self.SMALL_EPOCHS)}.')
+        return [int(part[2]) for part in parts if part for _ in range(int(part[1]))]
 
-def check_side(side: int, depth: int, halved_first: bool = False) -> None:
-    """Raise `InputError`, naming sides that work, unless a U-Net can halve `side` so often.
 
-    `halved_first` says that small epochs halve the images once more, before the U-Net does.
-    """
-    stride = 2 ** (depth + halved_first)
+def check_side(side: int, depth: int) -> None:
+    """Raise `InputError`, naming sides that work, unless a U-Net can halve `side` so often."""
+    stride = 2**depth
     if side % stride:
         below = side // stride * stride
         sides = f"{below} or {below + stride}" if below else stride
-        how = f"halves the image side {depth} times{', after SMALL_EPOCHS did once' if halved_first else ''}"
-        raise InputError(f"a U-Net of depth {depth} {how}, but {side} is no multiple of {stride}: make it {sides}.")
+        how = f"halves the image side {depth} times, but {side} is no multiple of {stride}"
+        raise InputError(f"a U-Net of depth {depth} {how}: make it {sides}.")
 
 
 # --------------------------------------------------------------------------------------------------- data
@@ -123,6 +132,7 @@ class Pets(NamedTuple):
     names: list[str]  # B of them
     images: Tensor  # (B, 3, N, N) uint8
     masks: Tensor  # (B, N, N) uint8 labels
+    folder: Path = Path()  # of the dataset, to load the images again at another side
 
 
 def breed_of(name: str) -> str:
@@ -252,18 +262,7 @@ def load_pets(
         raise InputError(f"{len(faults)} of {len(names)} {title} are unusable: {'; '.join(faults[:10])}{more}.")
     if faults:
         raise InputError(f"{faults[0]}.")
-    return Pets(names, images, masks)
-
-
-def half_size(pets: Pets, masks: bool = True) -> Pets:
-    """Return `pets` at half their side, images antialiased; with `masks` False the masks keep their side, to be scored.
-
-    A mask takes one of four labels at random: always the same corner would move it, the most frequent lose the border.
-    """
-    images = v2.functional.resize(pets.images, [pets.images.shape[-1] // 2] * 2, antialias=True)
-    fours = pets.masks.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)  # (B, N/2, N/2, 4)
-    chosen = torch.randint(4, (*fours.shape[:3], 1), generator=torch.Generator().manual_seed(0))
-    return Pets(pets.names, images, fours.gather(3, chosen).squeeze(3) if masks else pets.masks)
+    return Pets(names, images, masks, folder)
 
 
 def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -637,20 +636,21 @@ class Training(NamedTuple):
     model: nn.Module
     average: AveragedModel
     optimizer: torch.optim.Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
         """Return the model with its average, its optimiser and the schedule of the learning rate for so many steps."""
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
-            optimizer = Muon(model.parameters(), **options)
+            precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
+            optimizer = Muon(model.parameters(), **options, precision=precision)
         else:
             optimizer = torch.optim.AdamW(model.parameters(), **options, fused=True)
-        if recipe.ONE_CYCLE:
-            schedule = OneCycleLR(optimizer, recipe.LEARNING_RATE, total_steps)
-        else:
-            schedule = ConstantLR(optimizer, factor=1)
+
+        def share_of_peak(step: int) -> float:  # rises over a tenth of the steps, then falls to 0
+            done = (step + 1) / (total_steps + 1)
+            return min(done / 0.1, (1 - done) / 0.9) if recipe.LINEAR_DECAY else 1
 
         def moving_average(averages: list[Tensor], currents: list[Tensor], updates: Tensor | int) -> None:
             longest = 0.99 if recipe.AVERAGE else 0
@@ -658,7 +658,8 @@ class Training(NamedTuple):
             for average, current in zip(averages, currents, strict=True):
                 average.lerp_(current, 1 - decay)
 
-        return cls(model, AveragedModel(model, multi_avg_fn=moving_average), optimizer, schedule)
+        average = AveragedModel(model, multi_avg_fn=moving_average)
+        return cls(model, average, optimizer, LambdaLR(optimizer, share_of_peak))
 
     def save(self, path: Path, identity: dict, history: list[dict]) -> None:
         """Write a checkpoint: all that going on needs."""
@@ -736,13 +737,21 @@ def train(
 def epochs(training: Training, train_pets: Pets, valid_pets: Pets, recipe: Recipe, done: int) -> Iterator[dict]:
     """Train one epoch after another, but those that are done, and yield a row of the history after each."""
     steps = count_steps(len(train_pets.names), recipe.BATCH_SIZE)
-    if done < recipe.SMALL_EPOCHS:
-        small = half_size(train_pets), half_size(valid_pets, masks=False)
+    sides = recipe.small_sides + [recipe.IMAGE_SIZE] * (recipe.EPOCHS - len(recipe.small_sides))
+
+    @lru_cache(maxsize=1)
+    def at_side(side: int) -> tuple[Pets, Pets]:
+        if side == recipe.IMAGE_SIZE:
+            return train_pets, valid_pets
+        train_again = load_pets(train_pets.folder, train_pets.names, side, resize=recipe.MASK_RESIZE)
+        valid_again = load_pets(valid_pets.folder, valid_pets.names, side)
+        return train_again, valid_again._replace(masks=valid_pets.masks)
+
     with tqdm(total=recipe.EPOCHS * steps, initial=done * steps, mininterval=1, leave=False) as bar:
-        for epoch in range(done + 1, recipe.EPOCHS + 1):
+        for epoch, side in list(enumerate(sides, 1))[done:]:
             bar.set_description(f"epoch {epoch}/{recipe.EPOCHS}")
             torch.manual_seed(recipe.SEED * 100_003 + epoch)  # by epoch, so that a resumed run draws the same
-            seen, held_out = small if epoch <= recipe.SMALL_EPOCHS else (train_pets, valid_pets)
+            seen, held_out = at_side(side)
             start = time.perf_counter()
             loss = train_epoch(training, seen, recipe, bar)
             seconds = time.perf_counter() - start
@@ -754,8 +763,7 @@ def epochs(training: Training, train_pets: Pets, valid_pets: Pets, recipe: Recip
 def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> float:
     """Pass over the images once, in random batches, and return the mean loss."""
     model, average, optimizer, schedule = training
-    device = next(model.parameters()).device
-    precision = pick_precision(recipe.PRECISION, device)
+    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
     model.train()
     losses = []
     for batch in torch.randperm(len(pets.names)).split(recipe.BATCH_SIZE):
@@ -765,7 +773,7 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
         if recipe.AUGMENT:
             images, masks = augment(images, masks)
         logits = run_model(model, images, precision)  # (B, K, N, N)
-        loss = segmentation_loss(logits, masks.to(device).long(), recipe.DICE_WEIGHT)
+        loss = segmentation_loss(logits, masks.to(logits.device).long(), recipe.DICE_WEIGHT)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -27,7 +27,6 @@ TO_WRITE = {  # by name, in the order in which it can be solved
     "segmentation_loss": "add cross-entropy and Dice loss, both without the pixels that are IGNORE",
     "predict": "in batches: logits by run_model, resized to `size`, softmax, and its maximum over the classes",
     "evaluate": "predict batch by batch at the masks' side, and count a confusion matrix for each image",
-    "half_size": "resize the images with antialiasing; take one of every four labels at random",
     "train_epoch": "in random full batches: augment, run_model, loss, backward, step, schedule, average",
 }
 OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules at the top

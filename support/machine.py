@@ -78,8 +78,7 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
     side, score = recipe.IMAGE_SIZE**2, (recipe.SCORE_SIZE or recipe.IMAGE_SIZE) ** 2  # pixels
     train, scored = images.get("train", 0), images.get("valid", 0) + images.get("test", 0)
     data = train * 4 * side + scored * (3 * side + score)
-    if recipe.SMALL_EPOCHS:
-        data += 3 * side * train
+    data += (4 * train + 3 * images.get("valid", 0)) * max(recipe.small_sides, default=0) ** 2
     tensors = sum(side / 4**level * (2 * coming + 6 * out) for level, coming, out in layers(recipe))
     training = recipe.BATCH_SIZE * (4 * tensors + 200 * side)
     scoring = 32 * (32 * recipe.BASE_CHANNELS * side + 80 * score)
@@ -120,9 +119,10 @@ def check_memory(recipe: BaseModel, images: dict[str, int]) -> None:
     free, need = free_memory(), forecast(recipe, images)
     if need <= free:
         return
-    stride = 2 ** (recipe.DEPTH + (recipe.SMALL_EPOCHS > 0))
+    stride = 2**recipe.DEPTH
     fits = "take a machine with more memory"
-    for name, least in (("SCORE_SIZE", 8), ("BATCH_SIZE", 2), ("IMAGE_SIZE", stride), ("BASE_CHANNELS", 1)):
+    least_side = max(recipe.small_sides, default=stride)
+    for name, least in (("SCORE_SIZE", 8), ("BATCH_SIZE", 2), ("IMAGE_SIZE", least_side), ("BASE_CHANNELS", 1)):
         value = getattr(recipe, name)
         step = stride if name == "IMAGE_SIZE" else 1
         smaller = [

@@ -3,10 +3,13 @@
 A file of its own, since nothing here is about segmentation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+# Of three Newton-Schulz iterations: a, b and c of each, found by a search for those that level singular values fastest.
+COEFFICIENTS = ((7.7110, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5940, 0.4107))
 
 
 class Muon(torch.optim.Optimizer):
@@ -14,11 +17,20 @@ class Muon(torch.optim.Optimizer):
 
     By Jordan et al. (2024), with Nesterov momentum; the steps' length matches AdamW's (Liu et al. 2025). A parameter
     (out, ...) counts as a matrix with `out` rows, a vector as one column; Jordan leaves vectors and the last layer to
-    AdamW. PyTorch's own Muon takes matrices only, and computes in bfloat16, which most CPUs merely emulate.
+    AdamW. PyTorch's own Muon takes matrices only, and computes in bfloat16, which most CPUs merely emulate: here
+    `precision` says in what the large products are computed.
     """
 
-    def __init__(self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.precision = precision
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -32,24 +44,45 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = parameter.grad.lerp(average, group["momentum"])
-                matrix = orthogonalize(direction.reshape(len(direction), -1))
+                order = sorted(range(direction.ndim), key=direction.stride, reverse=True)  # as in memory: no copies
+                direction = direction.permute(order)
+                matrix = orthogonalize(direction.reshape(len(direction), -1), self.precision)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(matrix.view_as(parameter), alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
+                length = 0.2 * group["lr"] * max(matrix.shape) ** 0.5
+                parameter.permute(order).sub_(matrix.reshape(direction.shape), alpha=length)
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Keep the singular vectors of a matrix (R, C), but bring all but its tiniest singular values to 0.7 to 1.2.
+def orthogonalize(matrix: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+    """Keep the singular vectors of a matrix (R, C), but bring all but its tiniest singular values near 1.
 
-    Five Newton-Schulz iterations X <- a X + b (X X') X + c (X X')^2 X, with Jordan's coefficients. All factors are
-    polynomials in the small X X', so they are multiplied first, and the large X once, at the end.
+    Newton-Schulz iterations X <- a X + b (X X') X + c (X X')^2 X. All factors are polynomials in the small X X', so
+    they are multiplied first, and the large X once, at the end. They need singular values of at most 1; the root of
+    the norm of (X X')^2 is a closer bound of X X' than the norm of X is of X.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T
-    matrix = matrix / (matrix.norm() + 1e-7)  # now no singular value is above 1
-    gram = matrix @ matrix.T  # X X', (R, R)
-    identity = product = torch.eye(len(gram), device=gram.device)
-    for _ in range(5):
-        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    return product @ matrix
+        return orthogonalize(matrix.T, precision).T
+    matrix = matrix / (matrix.norm() + 1e-7)
+    if len(matrix) == 1:
+        return matrix
+    if len(matrix) < 64:
+        precision = torch.float32  # products this small gain nothing
+    matrix = matrix.to(precision)
+    gram = times(matrix, matrix.T, precision)  # X X', (R, R)
+    bound = times(gram, gram, precision).norm().sqrt() + 1e-12
+    return times(factors(gram / bound, precision), matrix, precision) / bound.sqrt()
+
+
+def factors(gram: Tensor, precision: torch.dtype, coefficients: Sequence = COEFFICIENTS) -> Tensor:
+    """Return the product of the factors a I + b X X' + c (X X')^2 of all iterations, for X X' before the first."""
+    (a, b, c), *others = coefficients
+    factor = b * gram + c * times(gram, gram, precision)
+    factor.diagonal().add_(a)
+    if not others:
+        return factor
+    gram = times(times(factor, gram, precision), factor, precision)
+    return times(factors(gram, precision, others), factor, precision)
+
+
+def times(a: Tensor, b: Tensor, precision: torch.dtype) -> Tensor:
+    """Return a @ b in float32, computed in `precision`."""
+    return (a.to(precision) @ b.to(precision)).float()

@@ -24,7 +24,6 @@ from petseg_utils import (
     breed_of,
     draw_sample_pets,
     find_dataset,
-    half_size,
     hold_out,
     load_pets,
     open_image,
@@ -216,43 +215,6 @@ def random_pets(side: int, seed: int = 0) -> Pets:
     images = torch.randint(256, (5, 3, side, side), generator=random, dtype=torch.uint8)
     masks = torch.randint(3, (5, side, side), generator=random, dtype=torch.uint8)
     return Pets([f"pug_{i}" for i in range(5)], images, masks)
-
-
-def test_images_of_half_the_size_are_what_pillow_makes_and_antialiased():
-    pets = random_pets(12)
-    halves = half_size(pets).images
-    assert (halves.shape, halves.dtype) == ((5, 3, 6, 6), torch.uint8)
-    for image, half in zip(pets.images, halves, strict=True):
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((6, 6), Image.Resampling.BILINEAR)
-        assert (half.int() - torch.from_numpy(np.array(picture)).permute(2, 0, 1).int()).abs().max() <= 1
-    stripes = torch.zeros(5, 3, 12, 12, dtype=torch.uint8)
-    stripes[..., ::2] = 255  # picking pixels would give black or white
-    assert half_size(pets._replace(images=stripes)).images[..., 1:-1].float().sub(127.5).abs().max() < 15
-
-
-def test_masks_of_half_the_size_take_one_of_four_labels():
-    pets = random_pets(12)
-    halves = half_size(pets).masks
-    assert (halves.shape, halves.dtype) == ((5, 6, 6), torch.uint8)
-    for i, y, x in np.ndindex(5, 6, 6):
-        assert halves[i, y, x] in pets.masks[i, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
-    assert torch.equal(half_size(pets).masks, halves)
-
-
-@pytest.mark.parametrize("side", [0, 1], ids=["left", "right"])
-@pytest.mark.parametrize("dimension", [1, 2])
-def test_masks_of_half_the_size_keep_their_centre_and_their_thin_lines(dimension, side):
-    """A line of one pixel keeps half of its pixels, on whichever side of the pairs it lies."""
-    masks = torch.ones(1, 128, 128, dtype=torch.uint8)
-    masks.select(dimension, 64 + side).fill_(2)
-    pets = Pets(["pug_1"], torch.zeros(1, 3, 128, 128, dtype=torch.uint8), masks)
-    assert 20 <= (half_size(pets).masks == 2).sum() <= 44  # of 64
-
-
-def test_masks_that_are_only_scored_keep_their_size():
-    pets = random_pets(16)
-    assert torch.equal(half_size(pets, masks=False).masks, pets.masks)
-    assert half_size(pets, masks=False).images.shape[-1] == 8
 
 
 def test_shrunk_images_are_antialiased(dataset, name):

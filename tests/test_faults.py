@@ -984,10 +984,10 @@ BY_NAME = {
 SMALL = {
     "IMAGE_SIZE": st.sampled_from([8, 16, 24, 32, 48, 64]), "DEPTH": st.integers(1, 4),
     "BASE_CHANNELS": st.integers(0, 6),
-    "EPOCHS": st.integers(0, 3), "SMALL_EPOCHS": st.integers(0, 2), "BATCH_SIZE": st.integers(1, 9),
+    "EPOCHS": st.integers(0, 3), "SMALL_EPOCHS": st.sampled_from(["", "1 at 8"]), "BATCH_SIZE": st.integers(1, 9),
     "LEARNING_RATE": LIKELY["float"], "WEIGHT_DECAY": LIKELY["float"], "DICE_WEIGHT": LIKELY["float"],
     "NORMS": st.integers(1, 2), "SCORE_SIZE": st.sampled_from([0, 7, 8, 33, 100]), "SEED": st.integers(-1, 2**31),
-    **{name: st.booleans() for name in ("SKIPS", "MUON", "ONE_CYCLE", "AVERAGE", "AUGMENT", "FLIP")},
+    **{name: st.booleans() for name in ("SKIPS", "MUON", "LINEAR_DECAY", "AVERAGE", "AUGMENT", "FLIP")},
 }  # fmt: skip
 bounded = settings(max_examples=EXAMPLES, deadline=10_000, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -1067,7 +1067,9 @@ def test_run_that_does_not_fit_is_refused_with_a_size_that_does(monkeypatch, val
 def test_runs_that_fit_are_not_refused(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 8_000_000_000)
     machine.check_memory(Recipe(), {"train": 288, "valid": 32, "test": 80})
-    real = Recipe(IMAGE_SIZE=128, SCORE_SIZE=256, BASE_CHANNELS=32, EPOCHS=13, SMALL_EPOCHS=5, FLIP=True)
+    real = Recipe(
+        IMAGE_SIZE=128, SCORE_SIZE=256, BASE_CHANNELS=32, EPOCHS=13, SMALL_EPOCHS="2 at 64, 3 at 128", FLIP=True
+    )
     machine.check_memory(real, REAL)
 
 

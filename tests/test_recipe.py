@@ -22,11 +22,11 @@ ENDS = {  # values at the ends of their ranges, which pass
     "NORMS": [1, 2],
     "SKIPS": [True, False],
     "EPOCHS": [1, 1000],
-    "SMALL_EPOCHS": [0, 5],
+    "SMALL_EPOCHS": ["", "5 at 32", "2 at 32, 1 at 64, 2 at 32"],
     "BATCH_SIZE": [2, 1024],
     "MUON": [True, False],
     "LEARNING_RATE": [1, 1.0, 1e-6],
-    "ONE_CYCLE": [True, False],
+    "LINEAR_DECAY": [True, False],
     "WEIGHT_DECAY": [0, 1.0],
     "DICE_WEIGHT": [0, 100.0],
     "AVERAGE": [True, False],
@@ -52,11 +52,22 @@ BAD = {
     "NORMS": [0, 3, 2.0, "2", True],
     "SKIPS": ["false", 0, 1, None],
     "EPOCHS": [0, -1, 1001, 1.5, "4", True],
-    "SMALL_EPOCHS": [-1, 6, 7, 1000, 1.0, "1", False],  # of 6 epochs
+    "SMALL_EPOCHS": [
+        "6 at 64",
+        "3 at 32, 3 at 64",
+        "1 at 96",
+        "1 at 0",
+        "2x64",
+        "2 at",
+        " ",
+        "1 at 32,",
+        1,
+        None,
+    ],
     "BATCH_SIZE": [0, 1, 1025, 16.0, "16"],
     "MUON": ["false", "muon", 0, 1, None],
     "LEARNING_RATE": [0, 0.0, -0.1, 1.5, math.nan, math.inf, "0.1", True, None, 10**5000],
-    "ONE_CYCLE": ["false", 0, 1, None],
+    "LINEAR_DECAY": ["false", 0, 1, None],
     "WEIGHT_DECAY": [-0.1, 1.1, math.nan, "0", True, None],
     "DICE_WEIGHT": [-0.1, 101, math.nan, math.inf, "0", False, None],
     "AVERAGE": ["false", 0, 1, None],
@@ -109,11 +120,18 @@ def test_unknown_parameter_is_told_before_a_wrong_value_of_another_is(complains)
 
 def test_what_one_number_alone_may_be_can_be_wrong_with_another(complains):
     assert Recipe(IMAGE_SIZE=72, DEPTH=3)
-    with complains("72 is no multiple of 16", "SMALL_EPOCHS", "make it 64 or 80"):
-        Recipe(IMAGE_SIZE=72, DEPTH=3, SMALL_EPOCHS=1)
-    assert Recipe(IMAGE_SIZE=80, DEPTH=3, SMALL_EPOCHS=1)
-    with complains("SMALL_EPOCHS", "less than EPOCHS, 4", "not 4"):
-        Recipe(EPOCHS=4, SMALL_EPOCHS=4)
+    with complains("36 is no multiple of 8", "make it 32 or 40"):
+        Recipe(IMAGE_SIZE=72, DEPTH=3, SMALL_EPOCHS="1 at 36")
+    assert Recipe(IMAGE_SIZE=72, DEPTH=3, SMALL_EPOCHS="1 at 40").small_sides == [40]
+    with complains("SMALL_EPOCHS", "fewer epochs than 4", "not '4 at 32'"):
+        Recipe(EPOCHS=4, SMALL_EPOCHS="4 at 32")
+    with complains("SMALL_EPOCHS", "sides up to 64", "not '1 at 96'"):
+        Recipe(IMAGE_SIZE=64, SMALL_EPOCHS="1 at 96")
+
+
+def test_small_epochs_say_the_side_of_each():
+    assert Recipe(IMAGE_SIZE=128, SMALL_EPOCHS="2 at 64, 1 at 32").small_sides == [64, 64, 32]
+    assert Recipe().small_sides == []
 
 
 @pytest.mark.parametrize(("side", "depth", "words"), [(100, 3, "96 or 104"), (64, 7, "make it 128"), (9, 2, "8 or 12")])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from petseg_utils import IGNORE, InputError, Pets, augment, half_size, hold_out, load_pets, read_split
+from petseg_utils import IGNORE, InputError, augment, hold_out, load_pets, read_split
 
 NAMES = [f"{breed}_{number}" for breed in ("pug", "Bengal", "Maine_Coon") for number in range(1, 31)]
 
@@ -113,27 +113,3 @@ def test_augmented_labels_are_classes_or_ignored(moved):
     assert IGNORE in masks, f"expected {IGNORE} where pixels come from outside the photo, found none"
     assert (images.dtype, masks.dtype) == (torch.uint8, torch.uint8), "expected uint8, found other dtypes"
     assert images.shape == (64, 3, 32, 32), f"expected the shapes to stay, found {tuple(images.shape)}"
-
-
-# ------------------------------------------------------------------- half the side
-
-
-def test_half_a_mask_takes_any_of_four_labels_with_equal_chances():
-    """One corner alone would move the mask by half a pixel; the most frequent label would wipe out a thin border."""
-    tile = torch.tensor([[0, 1], [2, 2]], dtype=torch.uint8)
-    pets = Pets(["pug_1"], torch.zeros(1, 3, 128, 128, dtype=torch.uint8), tile.repeat(64, 64)[None])
-    shares = torch.bincount(half_size(pets).masks.flatten(), minlength=3) / 64**2
-    error = (shares - torch.tensor([0.25, 0.25, 0.5])).abs().max().item()
-    assert error < 0.03, f"expected the shares 0.25, 0.25 and 0.5 of the labels to stay, found {shares.tolist()}"
-    kept = half_size(pets, masks=False).masks
-    assert torch.equal(kept, pets.masks), "expected the masks as they were with masks=False, found others"
-
-
-def test_half_an_image_is_antialiased():
-    board = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 255
-    pets = Pets(["pug_1"], board.byte().expand(1, 3, 16, 16), torch.zeros(1, 16, 16, dtype=torch.uint8))
-    images = half_size(pets).images
-    assert images.shape == (1, 3, 8, 8), f"expected half the side, (1, 3, 8, 8), found {tuple(images.shape)}"
-    inside = images[..., 1:-1, 1:-1].float()
-    error = (inside - 127.5).abs().max().item()
-    assert error < 10, f"expected a checkerboard to become grey, found a pixel {error:.0f} off"

@@ -20,6 +20,7 @@ from petseg_utils import (
     UNet,
     confusion_matrix,
     evaluate,
+    load_pets,
     load_weights,
     predict,
     save_run,
@@ -31,7 +32,7 @@ from petseg_utils import (
 
 # 8 images of 16 x 16 pixels: two steps an epoch, and two images left over.
 RECIPE = Recipe(EPOCHS=3, BATCH_SIZE=3, IMAGE_SIZE=16, DEPTH=2, LEARNING_RATE=0.01, SEED=1, PRECISION="float32")
-PLAIN = RECIPE.but(MUON=False, ONE_CYCLE=False, WEIGHT_DECAY=0.0, DICE_WEIGHT=0.0, AVERAGE=False, AUGMENT=False)
+PLAIN = RECIPE.but(MUON=False, LINEAR_DECAY=False, WEIGHT_DECAY=0.0, DICE_WEIGHT=0.0, AVERAGE=False, AUGMENT=False)
 
 
 def new_model(base_channels: int = 4, seed: int = 0) -> UNet:
@@ -294,14 +295,14 @@ def rates(pets: Pets, recipe: Recipe) -> list[float]:
 
 
 def test_learning_rate_rises_and_sinks_once(pets):
-    seen = rates(pets, RECIPE)
+    seen = rates(pets, RECIPE.but(EPOCHS=10))
     top = seen.index(max(seen))
-    message = f"expected one cycle over 6 steps, found {[round(rate, 5) for rate in seen]}"
-    assert len(seen) == 6, message
-    assert 0 < top < 3, message
+    message = f"expected a rise and a fall over 20 steps, found {[round(rate, 5) for rate in seen]}"
+    assert len(seen) == 20, message
+    assert 0 < top < 10, message
     assert seen == sorted(seen[:top]) + sorted(seen[top:], reverse=True), message
-    constant = rates(pets, RECIPE.but(ONE_CYCLE=False))
-    assert constant == [0.01] * 6, f"expected a constant rate without ONE_CYCLE, found {constant}"
+    constant = rates(pets, RECIPE.but(LINEAR_DECAY=False))
+    assert constant == [0.01] * 6, f"expected a constant rate without LINEAR_DECAY, found {constant}"
 
 
 def test_augmentation_is_a_switch(pets):
@@ -314,12 +315,23 @@ def test_augmentation_is_a_switch(pets):
         assert plain != augment, f"expected images {'changed' if augment else 'as they are'}, found the opposite"
 
 
-def test_small_epochs_train_at_half_the_side(pets):
+def test_small_epochs_train_at_smaller_sides(pets):
     model = new_model()
     passes = watch(model)
-    train(model, pets, pets, RECIPE.but(SMALL_EPOCHS=2))
+    train(model, pets, pets, RECIPE.but(SMALL_EPOCHS="1 at 8, 1 at 12"))
     found = [x.shape[-1] for x, _ in passes]
-    assert found == [8, 8, 8, 8, 16, 16], f"expected the sides 8 for two epochs and then 16, found {found}"
+    assert found == [8, 8, 12, 12, 16, 16], f"expected an epoch at the sides 8, 12 and 16 each, found {found}"
+
+
+def test_small_sides_are_loaded_from_the_photos(pets):
+    """So nothing is resized twice."""
+    inputs = as_input(load_pets(pets.folder, pets.names, 8).images)
+    model = new_model()
+    passes = watch(model)
+    train(model, pets, pets, RECIPE.but(SMALL_EPOCHS="1 at 8", AUGMENT=False))
+    shown = torch.cat([images for images, _ in passes[:2]])
+    strangers = sum(bool((inputs - image).abs().amax((1, 2, 3)).min() > 1e-5) for image in shown)
+    assert not strangers, f"expected 6 photos as load_pets gives them at the side 8, found {strangers} others"
 
 
 def test_loss_that_is_no_number_is_told(pets):

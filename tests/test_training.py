@@ -25,8 +25,8 @@ from petseg_utils import (
     UNet,
     confusion_matrix,
     evaluate,
-    half_size,
     keep_freed_memory,
+    load_pets,
     predict,
     scores,
     segmentation_loss,
@@ -215,24 +215,19 @@ def rates(pets, monkeypatch, recipe: Recipe) -> list[float]:
     return seen
 
 
-def test_one_cycle_rises_to_the_learning_rate_and_sinks_to_almost_nothing(pets, monkeypatch):
-    seen = rates(pets, monkeypatch, RECIPE.but(EPOCHS=20))
-    top = seen.index(max(seen))
-    assert len(seen) == 40
-    assert 0 < top < 20
-    assert seen[top] == pytest.approx(RECIPE.LEARNING_RATE, rel=0.02)
-    assert seen[: top + 1] == sorted(seen[: top + 1])
-    assert seen[top:] == sorted(seen[top:], reverse=True)
-    assert seen[-1] < 0.001 * RECIPE.LEARNING_RATE
+def test_the_learning_rate_warms_up_over_a_tenth_of_the_steps_and_falls_straight_to_nothing(pets, monkeypatch):
+    seen = rates(pets, monkeypatch, RECIPE.but(EPOCHS=20))  # 40 steps
+    shares = np.interp(np.arange(1, 41), [0, 4.1, 41], [0, 1, 0])
+    assert seen == pytest.approx(RECIPE.LEARNING_RATE * shares)
 
 
-def test_without_one_cycle_the_rate_is_constant(pets, monkeypatch):
-    assert rates(pets, monkeypatch, RECIPE.but(ONE_CYCLE=False)) == [RECIPE.LEARNING_RATE] * 6
+def test_without_linear_decay_the_rate_is_constant(pets, monkeypatch):
+    assert rates(pets, monkeypatch, RECIPE.but(LINEAR_DECAY=False)) == [RECIPE.LEARNING_RATE] * 6
 
 
 def test_with_everything_switched_off_it_is_the_plainest_loop(pets):
     """The oracle is PyTorch's Adam, over the same batches, with cross-entropy alone."""
-    plain = {"MUON": False, "ONE_CYCLE": False, "WEIGHT_DECAY": 0.0, "DICE_WEIGHT": 0.0, "AVERAGE": False}
+    plain = {"MUON": False, "LINEAR_DECAY": False, "WEIGHT_DECAY": 0.0, "DICE_WEIGHT": 0.0, "AVERAGE": False}
     trained = new_model()
     train(trained, pets, pets, RECIPE.but(**plain, AUGMENT=False))
 
@@ -274,18 +269,27 @@ def test_moving_average_forgets_less_and_less(average):
         assert training.average.module.weight.item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_small_epochs_train_and_validate_at_half_the_side(pets, monkeypatch):
+def test_small_epochs_train_and_validate_at_smaller_sides(pets, monkeypatch):
     trained, scored = [], []
     epoch, score = petseg_utils.train_epoch, petseg_utils.evaluate
     monkeypatch.setattr(petseg_utils, "train_epoch", lambda t, p, *a: trained.append(p) or epoch(t, p, *a))
     monkeypatch.setattr(petseg_utils, "evaluate", lambda m, p, *a, **k: scored.append(p) or score(m, p, *a, **k))
-    train(new_model(), pets, pets, RECIPE.but(SMALL_EPOCHS=2))
-    small = half_size(pets)
+    train(new_model(), pets, pets, RECIPE.but(EPOCHS=4, SMALL_EPOCHS="2 at 8, 1 at 12"))
+    small = load_pets(pets.folder, pets.names, 8)
     assert torch.equal(trained[0].images, small.images)
     assert torch.equal(trained[0].masks, small.masks)
-    assert [p.images.shape[-1] for p in trained] == [p.images.shape[-1] for p in scored] == [8, 8, 16]
-    assert trained[2] is pets
+    assert [p.images.shape[-1] for p in trained] == [p.images.shape[-1] for p in scored] == [8, 8, 12, 16]
+    assert trained[3] is pets
     assert all(torch.equal(p.masks, pets.masks) for p in scored)  # at the full side
+
+
+def test_small_epochs_keep_the_mistake_of_mixing_labels(pets, monkeypatch):
+    trained = []
+    epoch = petseg_utils.train_epoch
+    monkeypatch.setattr(petseg_utils, "train_epoch", lambda t, p, *a: trained.append(p) or epoch(t, p, *a))
+    train(new_model(), pets, pets, RECIPE.but(SMALL_EPOCHS="1 at 4", MASK_RESIZE="bilinear"))
+    assert torch.equal(trained[0].masks, load_pets(pets.folder, pets.names, 4, resize="bilinear").masks)
+    assert not torch.equal(trained[0].masks, load_pets(pets.folder, pets.names, 4).masks)
 
 
 # ------------------------------------------------------------------- BatchNorm statistics
@@ -303,7 +307,7 @@ def stale_accuracy(model: UNet, checkpoint: Path, pets: Pets) -> float:
 
 def test_averaged_weights_are_validated_with_statistics_of_their_own(pets, tmp_path):
     """Early in a training those that were gathered on the way are of weights that are long gone."""
-    recipe = LEARNING.but(EPOCHS=4, LEARNING_RATE=0.1, ONE_CYCLE=False)
+    recipe = LEARNING.but(EPOCHS=4, LEARNING_RATE=0.1, LINEAR_DECAY=False)
     model = new_model(recipe)
     history = train(model, pets, pets, recipe, tmp_path / "checkpoint.pt")
     fresh, stale = (
@@ -311,14 +315,14 @@ def test_averaged_weights_are_validated_with_statistics_of_their_own(pets, tmp_p
         stale_accuracy(new_model(recipe), tmp_path / "checkpoint.pt", pets),
     )
     assert accuracy(model, pets) == fresh
-    assert fresh > stale + 0.15
+    assert fresh > stale + 0.1
 
 
 def test_statistics_are_those_of_the_training_images(pets):
     """The first BatchNorm's mean is what the first convolution gives for them, on average."""
     recipe = LEARNING.but(EPOCHS=2)
     model = new_model(recipe)
-    train(model, pets, half_size(pets)._replace(images=255 - pets.images, masks=pets.masks), recipe)
+    train(model, pets, pets._replace(images=255 - pets.images), recipe)
     with torch.no_grad():
         expected = model.downs[0][0](to_input(pets.images, torch.device("cpu"))).mean(dim=(0, 2, 3))
     torch.testing.assert_close(model.downs[0][1].running_mean, expected, rtol=1e-4, atol=1e-5)
@@ -327,7 +331,7 @@ def test_statistics_are_those_of_the_training_images(pets):
 def test_one_image_more_than_fills_the_batches_is_no_trouble_at_the_smallest_side(pets):
     """At 8 pixels and depth 3 the bottleneck has one pixel: a batch of one image would have nothing to normalise."""
     recipe = RECIPE.but(IMAGE_SIZE=8, DEPTH=3, BATCH_SIZE=7)
-    small = half_size(pets)  # eight images
+    small = load_pets(pets.folder, pets.names, 8)  # eight images
     assert len(train(new_model(recipe), small, small, recipe)) == 3
 
 
@@ -430,10 +434,10 @@ def interrupted(pets: Pets, recipe: Recipe, path: Path, monkeypatch, step: int) 
     ("change", "step"),
     [
         *(({}, step) for step in (3, 4, 5, 6)),
-        ({"SMALL_EPOCHS": 1}, 3),
-        ({"SMALL_EPOCHS": 2}, 3),
-        ({"SMALL_EPOCHS": 2}, 5),
-        ({"ONE_CYCLE": False, "AVERAGE": False, "WEIGHT_DECAY": 0.0}, 4),
+        ({"SMALL_EPOCHS": "1 at 8"}, 3),
+        ({"SMALL_EPOCHS": "1 at 8, 1 at 12"}, 3),
+        ({"SMALL_EPOCHS": "1 at 8, 1 at 12"}, 5),
+        ({"LINEAR_DECAY": False, "AVERAGE": False, "WEIGHT_DECAY": 0.0}, 4),
         ({"MUON": False}, 5),
     ],
 )
@@ -536,10 +540,10 @@ OTHERS = {
     "DEPTH": 3,
     "NORMS": 1,
     "SKIPS": False,
-    "SMALL_EPOCHS": 1,
+    "SMALL_EPOCHS": "1 at 16",
     "BATCH_SIZE": 4,
     "MUON": False,
-    "ONE_CYCLE": False,
+    "LINEAR_DECAY": False,
     "WEIGHT_DECAY": 0.0,
     "DICE_WEIGHT": 0.0,
     "AVERAGE": False,
