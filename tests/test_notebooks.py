@@ -226,7 +226,9 @@ def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
     assert [row["epoch"] for row in run["history"]] == [1]
     assert len(list((run_folder / "figures").glob("*.png"))) >= 10
     assert (run_folder / "checkpoint.pt").is_file()
-    assert not re.search(r"within [\d.]+ to", output.read_text())  # a tiny run is none of the defaults, so it has no bounds
+    assert not re.search(
+        r"within [\d.]+ to", output.read_text()
+    )  # a tiny run is none of the defaults, so it has no bounds
 
     resumed = papermill(output, **given)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
