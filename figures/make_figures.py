@@ -1,9 +1,13 @@
-"""Draw the pictures that README and notebook show, from the kept run in notebooks/oxford_run.
+"""Draw the pictures that README and notebook show.
 
-python figures/make_figures.py FOLDER   FOLDER holds oxford-iiit-pet
+python figures/make_figures.py          photographs the notebook as a reader sees it
+python figures/make_figures.py FOLDER   draws the rest from notebooks/oxford_run; FOLDER holds oxford-iiit-pet
 """
 
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import petseg_utils as pets  # noqa: E402
 
-KEPT = ROOT / "notebooks" / "oxford_run"
+NOTEBOOKS = ROOT / "notebooks"
+KEPT = NOTEBOOKS / "oxford_run"
 
 
 def pick_by_rank(test: pets.Pets, matrices: torch.Tensor) -> dict[str, int]:
@@ -37,8 +42,25 @@ def plot_result(shown: pets.Pets, titles: list[str], labels: torch.Tensor) -> pl
     return pets.plot_grid(columns, ["photo", "truth", "prediction"], alt, width=1.8)
 
 
-def main(data_dir: str) -> None:
-    """Score the test split with the kept net, and draw some of its predictions and the net itself."""
+def photograph_notebook(section: str = "See-the-U") -> None:
+    """Photograph what a window 1,200 pixels wide shows of the notebook's page from a section's heading on."""
+    from playwright.sync_api import sync_playwright  # here, since the other figures do without a browser
+
+    page_of = ["nbconvert", "--to", "html", "--template-file", NOTEBOOKS / "page.html.j2", "--output-dir"]
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        subprocess.run([sys.executable, "-m", *page_of, folder, NOTEBOOKS / "pet_segmentation.ipynb"], check=True)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 1150})
+        page.goto((Path(folder) / "pet_segmentation.html").as_uri())
+        page.evaluate("heading => document.getElementById(heading).scrollIntoView()", section)
+        page.screenshot(path=ROOT / "figures" / "notebook.png")
+        browser.close()
+
+
+def main(data_dir: str = "") -> None:
+    """Photograph the notebook; or score the test split with the kept net, and draw some of its predictions and it."""
+    if not data_dir:
+        return photograph_notebook()
     model, recipe = pets.load_net(KEPT)
     precision = pets.pick_precision(recipe.PRECISION, torch.device("cpu"))
     folder = pets.find_dataset(data_dir)
@@ -56,9 +78,9 @@ def main(data_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) > 2:
         sys.exit(__doc__)
     try:
-        main(sys.argv[1])
+        main(*sys.argv[1:])
     except pets.InputError as error:
         sys.exit(str(error))

@@ -63,7 +63,7 @@ def largest_side(answer: int | None) -> str:
     )
     mistakes = {
         592: "592 can be halved four times, but not five",
-        512: "it need not be a power of two, only a multiple of one",
+        512: "it need not be a power of two, only a multiple of one: 32",
         599: "an odd side can't be halved even once",
         608: "that is not below 600",
     }
@@ -72,9 +72,8 @@ def largest_side(answer: int | None) -> str:
 
 def mixed_label(answer: str | None) -> str:
     """Check the class of a pixel halfway between pet and border, resized bilinearly."""
-    between = Image.fromarray(np.array([[1, 3]], dtype=np.uint8)).resize(
-        (3, 1), Image.Resampling.BILINEAR
-    )
+    pair = Image.fromarray(np.array([[1, 3]], dtype=np.uint8))
+    between = pair.resize((3, 1), Image.Resampling.BILINEAR)
     truth = pets.CLASSES[between.getpixel((1, 0)) - 1]
     wrong = "bilinear interpolation averages the two values; which class has the value in between?"
     return compare(answer, truth, {}, wrong)
@@ -121,15 +120,12 @@ def depth_to_see_all(answer: int | None) -> str:
 
     def sees_all(depth: int) -> bool:
         steps = {step.name: step for step in pets.analyse_shapes(pets.UNet(1, depth), 256)}
-        return (
-            steps["bottleneck"].receptive_field >= 256 + 2**depth
-        )  # its middle lies half a cell off the image's
+        # The bottleneck's central pixels lie half a cell off the image's centre.
+        return steps["bottleneck"].receptive_field >= 256 + 2**depth
 
     truth = min(depth for depth in range(2, 8) if sees_all(depth))
-    mistakes = {
-        truth
-        - 1: "284 is more than 256, but the central pixel lies half a cell off the image's centre"
-    }
+    near = "284 is more than 256, but the central pixel lies half a cell off the image's centre"
+    mistakes = {truth - 1: near}
     return compare(answer, truth, mistakes, "compare the receptive field with 256 plus one cell")
 
 
@@ -146,13 +142,13 @@ def write_iou(answer: Callable) -> str:
     hits, true, called = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     if got.shape != (3,):
         return f"not yet: one number for each class makes the shape (3,), not {tuple(got.shape)}"
+    extra = "what is called the class by mistake belongs to the union, too (this is the recall)"
+    missed = "what is missed of the class belongs to the union, too (this is the precision)"
     mistakes = {
         "the union counts the hits twice: subtract them once": hits / (true + called),
         "that is Dice": 2 * hits / (true + called),
-        "what is called the class by mistake belongs to the union, too (this is the recall)": hits
-        / true,
-        "what is missed of the class belongs to the union, too (this is the precision)": hits
-        / called,
+        extra: hits / true,
+        missed: hits / called,
     }
     if torch.allclose(got, hits / (true + called - hits).double()):
         return "right"
@@ -163,11 +159,8 @@ def write_iou(answer: Callable) -> str:
 def write_level(answer: Callable) -> str:
     """Check a function (x, skip, up) that goes one level up: upsample, concatenate, convolve."""
     torch.manual_seed(0)
-    x, skip, up = (
-        torch.randn(2, 8, 4, 4),
-        torch.randn(2, 8, 8, 8),
-        pets.conv_plus_conv(16, 4).eval(),
-    )
+    x, skip = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 8, 8)
+    up = pets.conv_plus_conv(16, 4).eval()
     with torch.no_grad():
         double = F.interpolate(x, scale_factor=2)
         truth, turned = (up(torch.cat(pair, dim=1)) for pair in ((double, skip), (skip, double)))

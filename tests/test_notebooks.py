@@ -103,6 +103,13 @@ def test_default_run_beats_the_majority_class_by_15_points():
     assert lead >= 15
 
 
+def test_default_run_is_within_its_bounds():
+    """And the cell says so itself: strict nbval compares it on every machine."""
+    told = "".join(output.get("text", "") for output in outputs(NOTEBOOK.stem))
+    within = re.findall(r"^(\w+) within [\d.]+ to [\d.]+: (\w+)$", told, re.MULTILINE)
+    assert within == [("pixel_accuracy", "True"), ("mean_iou", "True")]
+
+
 def test_readme_pictures_and_links_exist():
     links = re.findall(r"\]\(([^):#]+)[^):]*\)", (petseg_utils.ROOT / "README.md").read_text())
     assert links
@@ -219,6 +226,9 @@ def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
     assert [row["epoch"] for row in run["history"]] == [1]
     assert len(list((run_folder / "figures").glob("*.png"))) >= 10
     assert (run_folder / "checkpoint.pt").is_file()
+    assert not re.search(
+        r"within [\d.]+ to", output.read_text()
+    )  # a tiny run is none of the defaults, so it has no bounds
 
     resumed = papermill(output, **given)
     assert resumed.returncode == 0, resumed.stderr[-2000:]

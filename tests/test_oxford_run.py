@@ -138,6 +138,15 @@ def test_readme_quotes_the_kept_run():
     assert f"| {' | '.join(row)} |" in README
 
 
+def test_readme_quotes_the_score_of_two_classes():
+    """Each pixel's label with the border as pet: the counts of the other class and of the mistakes are left."""
+    (pet, pet_as_background, pet_as_border), (as_pet, background, as_border), border = RUN["test"]["confusion_matrix"]
+    right = pet + pet_as_border + border[0] + border[2]
+    wrong = pet_as_background + border[1] + as_pet + as_border
+    accuracy = 100 * (right + background) / (right + wrong + background)
+    assert f"IoU of this run is {cut(right / (right + wrong), 3)}, and {cut(accuracy, 2)} % of the pixels" in README
+
+
 def valid_accuracy(history: list[dict]) -> str:
     return f"{cut(100 * float(history[-1]['valid_pixel_accuracy']), 2)} %"
 

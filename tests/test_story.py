@@ -125,12 +125,23 @@ def test_nothing_outside_the_receptive_field_has_influence(level):
 
 def test_a_larger_image_is_not_covered_at_depth_5():
     assert stored("cell-041", "text").endswith(
-        "here: to see all of 64 x 64 takes 96, so that it can: True\n"
-        "the course's net: to see all of 256 x 256 takes 288, so that it can: False\n"
+        "here: to see all of 64 x 64, it takes 96; enough: True\n"
+        "the course's net: to see all of 256 x 256, it takes 288; enough: False\n"
     )
 
 
 # ------------------------------------------------------------------------------------------------- scores
+
+
+def test_binary_iou_takes_the_border_for_pet():
+    truth, predicted = torch.randint(3, (2, 400), generator=torch.Generator().manual_seed(1))
+    matrix = pets.confusion_matrix(predicted.byte(), truth.byte())
+    names = {"matrix": matrix, "test_scores": pets.scores(matrix), "lead": 0, "images_in": {"test": 1}, "HTML": str}
+    animal = truth != 1, predicted != 1
+    expected = (animal[0] & animal[1]).sum() / (animal[0] | animal[1]).sum()
+    space = run_cells("cell-070", **names)
+    assert space["binary"] == pytest.approx(expected.item())
+    assert space["rows"][-1]["IoU"] == f"{expected:.3f}"
 
 
 def test_calibration_counts_more_than_float32_can():
