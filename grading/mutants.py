@@ -542,7 +542,9 @@ METRICS = 'path = run_folder / "metrics.json"\ncontent = __import__("json").load
 
 NOTEBOOK_FAULTS = (
     fault("executes", "an error", TRAIN, f"{TRAIN}\n1 / 0"),
-    fault("executes", "a cell that leaves", TRAIN, f"{TRAIN}\n__import__('os')._exit(0)", why="DUNNO"),
+    fault(
+        "executes", "a cell that leaves", TRAIN, f"{TRAIN}\n__import__('os')._exit(0)", why="every cell to be executed"
+    ),
     fault("executes", "an error that nbval lets pass", TRAIN, f"# NBVAL_RAISES_EXCEPTION\n{TRAIN}\n1 / 0"),
     fault(
         "executes",
