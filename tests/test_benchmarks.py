@@ -1,6 +1,7 @@
 """The benchmarks: their tables are those that are shown, and what is malformed ends in a sentence before long work."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import petseg_utils as pets
-from benchmarks import ablations, peer, score, throughput
+from benchmarks import ablations, norm_statistics, peer, score, throughput
 from support import sweep
 
 
@@ -31,9 +32,9 @@ def run_module(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["ablations", "peer"])
-def test_the_table_that_is_shown_is_what_the_module_prints(name):
-    printed = run_module(f"benchmarks.{name}")
+@pytest.mark.parametrize("command", ["ablations", "ablations optimisers", "norm_statistics", "peer"])
+def test_the_table_that_is_shown_is_what_the_module_prints(command):
+    printed = run_module(*f"benchmarks.{command}".split())
     assert printed.returncode == 0, printed.stderr
     assert printed.stdout.count("\n") > 5
     assert printed.stdout in SHOWN
@@ -43,28 +44,27 @@ def test_the_table_of_the_speed_is_that_of_the_kept_result():
     assert throughput.table(json.loads((FOLDER / "throughput.json").read_text())["headline"]) in SHOWN
 
 
-def test_the_kept_runs_are_those_of_the_grid():
-    grid = sweep.read_grid(ablations.GRID)
-    kept, _ = sweep.find_runs("benchmarks/ablations.csv")
-    assert len(kept) > 20
+@pytest.mark.parametrize("grid", ablations.GRIDS)
+def test_the_kept_runs_are_all_those_of_the_grid(grid):
+    wanted = sweep.read_grid(FOLDER / f"{grid}.json")
+    kept, _ = sweep.find_runs(f"benchmarks/{grid}.csv")
+    assert [f"{grid}_{run.name}" for run in kept] == list(wanted)
     for run in kept:
-        wanted = pets.Recipe(**grid[f"ablations_{run.name}"]).model_dump(exclude=pets.Recipe.PLACES)
-        assert {name: run.parameters[name] for name in wanted} == wanted
+        parameters = pets.Recipe(**wanted[f"{grid}_{run.name}"]).model_dump(exclude=pets.Recipe.PLACES)
+        assert {name: run.parameters[name] for name in parameters} == parameters
 
 
-def test_a_rows_gain_is_the_difference_of_the_scores_that_are_shown():
-    rows = [line.split("|")[1:-1] for line in ablations.table(ablations.read_results()).splitlines()[2:]]
-    base = float(rows[0][1].strip(" %"))
-    assert len(rows) == 18
-    for row in rows:
-        assert f"{float(row[1].strip(' %')) - base:+.2f}" == row[2].strip()
-
-
-def test_the_most_by_which_two_seeds_differ_is_told():
-    kept = ablations.read_results()
-    first = {name.removesuffix("_seed_0"): float(ablations.gain(kept, name)) for name in kept if name[-1] == "0"}
-    second = {name.removesuffix("_seed_1"): float(ablations.gain(kept, name)) for name in kept if name[-1] == "1"}
-    assert f"differ by up to {max(abs(first[name] - second[name]) for name in second):.2f} points" in SHOWN
+@pytest.mark.parametrize("grid", ablations.GRIDS)
+def test_a_gain_lies_within_its_interval_and_a_rows_scores_are_means_of_its_seeds(grid):
+    kept = ablations.read_results(FOLDER / f"{grid}.csv")
+    rows = [line.split("|")[1:-1] for line in ablations.table(kept).splitlines()[2:]]
+    assert len(rows) == len(kept)
+    for row, runs in zip(rows, kept.values(), strict=True):
+        mean = sum(100 * float(run["test.pixel_accuracy"]) for run in runs.values()) / len(runs)
+        assert 0 <= mean - float(row[1].strip(" %")) < 0.0101  # cut, not rounded
+        for cell in filter(None, map(str.strip, row[2:4])):
+            points, low, high = map(float, re.findall(r"[+-]?[\d.]+", cell))
+            assert low <= points <= high
 
 
 def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
@@ -74,12 +74,12 @@ def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
     for change, more in (("base", 0), ("no_skips", 2)):
         counts = {"test": {f"image_{i}": matrix + more * (torch.arange(9) == i % 9).numpy() for i in range(20)}}
         runs.append(template.model_copy(update={"name": f"ablations_{change}_seed_0", "counts": counts}))
-    ablations.write_results(runs, tmp_path / "table.csv")
+    ablations.write_results(runs, "ablations", tmp_path / "table.csv")
 
     rows = ablations.read_results(tmp_path / "table.csv")
-    assert list(rows) == ["base_seed_0", "no_skips_seed_0"]
-    assert rows["base_seed_0"]["gain_low"] == ""
-    assert float(rows["no_skips_seed_0"]["gain_low"]) < float(rows["no_skips_seed_0"]["gain_high"])
+    assert list(rows) == ["base", "no_skips"]
+    assert rows["base"][0]["gain_low"] == ""
+    assert float(rows["no_skips"][0]["gain_low"]) < float(rows["no_skips"][0]["gain_high"])
     again = sweep.read_table(tmp_path / "table.csv")
     assert again[0].test.pixel_accuracy == pytest.approx(template.test.pixel_accuracy, abs=1e-6)
     assert again[1].recipe == template.recipe
@@ -243,3 +243,15 @@ def test_weights_are_scored_again(run_copy, sample, capsys):
 )
 def test_cut_never_rounds_up(value, digits, words):
     assert sweep.cut(value, digits) == words
+
+
+def test_statistics_that_training_gathered_replace_those_that_were_measured():
+    training = pets.Training.start(pets.UNet(2, 2), pets.Recipe(DEPTH=2), total_steps=10)
+    averaged, model = training.average.module, training.model
+    with torch.no_grad():
+        model.downs[0][1].running_mean.fill_(7)
+        model.downs[0][1].weight.fill_(5)
+    gathered = norm_statistics.with_statistics_of(averaged, model).downs[0][1]
+    assert gathered.running_mean.eq(7).all()
+    assert gathered.weight.eq(1).all()
+    assert averaged.downs[0][1].running_mean.eq(0).all()

@@ -1,0 +1,68 @@
+"""What it is worth to measure BatchNorm's statistics for the averaged weights, instead of taking those of the last.
+
+    python -m benchmarks.norm_statistics FOLDER   trains the base of the ablations; FOLDER holds oxford-iiit-pet
+    python -m benchmarks.norm_statistics          prints the table of the README from the result that is kept
+
+After every epoch the same averaged weights are scored twice on the held-out images. Writes norm_statistics.json.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import petseg_utils as pets
+from benchmarks import ablations, peer
+from support.sweep import as_script, cut, write_json
+
+KEPT = Path(__file__).with_suffix(".json")
+
+
+def with_statistics_of(averaged: nn.Module, model: nn.Module) -> nn.Module:
+    """Return a copy of the averaged weights with the running means and variances that training gathered in `model`."""
+    averaged = deepcopy(averaged)
+    averaged.load_state_dict(averaged.state_dict() | dict(model.named_buffers()))
+    return averaged
+
+
+def follow(folder: Path, recipe: pets.Recipe) -> list[dict]:
+    """Train by `recipe` and return both pixel accuracies of the averaged weights after every epoch."""
+    train_pets, valid_pets, _ = peer.load(folder, recipe)
+    device = pets.pick_device(recipe.DEVICE)
+    precision = pets.pick_precision(recipe.PRECISION, device)
+    torch.manual_seed(recipe.SEED)
+    model = pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH).to(device)
+    steps = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE)
+    training = pets.Training.start(model, recipe, steps)
+    rows = []
+    for row in pets.epochs(training, train_pets, valid_pets, recipe, done=0):
+        gathered = with_statistics_of(training.average.module, model)
+        old = pets.scores(pets.evaluate(gathered, valid_pets, precision).sum(0))
+        rows.append({"gathered": old["pixel_accuracy"], "measured": row["valid_pixel_accuracy"]})
+    return rows
+
+
+def table(kept: dict[str, list[dict]]) -> str:
+    """Return both accuracies after every epoch as Markdown, with a column for each seed and kind of statistics."""
+    heads = [f"{kind}, seed {seed}" for seed in kept for kind in ("gathered", "measured")]
+    lines = [f"| epoch | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for epoch, rows in enumerate(zip(*kept.values(), strict=True), 1):
+        cells = [f"{cut(100 * row[kind], 2)} %" for row in rows for kind in ("gathered", "measured")]
+        lines.append(f"| {epoch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(data_dir: str = "") -> None:
+    """Train, if a folder is given, and print the table."""
+    if data_dir:
+        folder = pets.find_dataset(data_dir)
+        grid = json.loads((ablations.HERE / "ablations.json").read_text())
+        recipes = [pets.Recipe(**grid["base"], SEED=seed) for seed in grid["seeds"]]
+        write_json(KEPT, {str(recipe.SEED): follow(folder, recipe) for recipe in recipes})
+    print(table(json.loads(KEPT.read_text())))
+
+
+if __name__ == "__main__":
+    as_script(main, __doc__)
