@@ -15,7 +15,8 @@ from torch import nn
 
 import petseg_utils as pets
 from benchmarks import ablations, peer
-from support.sweep import as_script, cut, write_json
+from support.command import as_script
+from support.sweep import cut, write_json
 
 KEPT = Path(__file__).with_suffix(".json")
 
