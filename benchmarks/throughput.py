@@ -3,8 +3,8 @@
 The project's step is measured against a plain one, against itself with the memory not kept, and against the machine's
 own matrix product; then the share of the training loop that is no step, and the cost by side, width, batch and number
 of images. What is compared takes turns, in a process each, since to keep freed memory can't be undone in a process.
-Prints it, and writes throughput.json and cost.png into runs/bench; what the README quotes is kept in benchmarks/ and
-figures/.
+Prints it, and writes throughput_PRECISION.json and cost.png into runs/bench; what the README quotes is kept in
+benchmarks/ and figures/.
 """
 
 import platform
@@ -210,13 +210,16 @@ def plot_growth(measured: dict[str, dict]) -> plt.Figure:
     return figure
 
 
-def table(measured: dict) -> str:
-    """Return the headline figures as Markdown, none rounded in our favour."""
+def figures_of(measured: dict) -> dict[str, str]:
+    """Return the headline figures by name, none rounded in our favour."""
     products, memory = measured["matrix_product_gflops"], measured["step_against_memory_not_kept"]
-    rows = {
+    muon = 100 * (measured["step_images_per_second"] / measured["muon_step_images_per_second"] - 1)
+    return {
+        "computed in": measured["precision"],
         "plain step, images a second": cut(measured["plain_images_per_second"], 2),
         "this project's step, images a second": cut(measured["step_images_per_second"], 2),
         "the step with Muon, images a second": cut(measured["muon_step_images_per_second"], 2),
+        "what Muon adds to the step": f"{-float(cut(-muon, 1))} %",
         "the step against the plain one": f"{cut(measured['step_against_plain'], 2)} times as fast",
         "the step against itself, freed memory not kept": f"{cut(memory, 2)} times",
         "the step, GFLOP/s": cut(measured["step_gflops"], 0),
@@ -224,7 +227,13 @@ def table(measured: dict) -> str:
         "the step against the faster product": f"{cut(100 * measured['step_against_best_product'], 0)} %",
         "share of the training loop that is no step": f"{100 * measured['share_of_training_loop_not_step']:.1f} %",
     }
-    return "\n".join(["| measured | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def table(*measured: dict) -> str:
+    """Return the headline figures as Markdown, with a column for each machine."""
+    columns = [figures_of(one) for one in measured]
+    rows = [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
+    return "\n".join(["| measured |" + " |" * len(columns), "|---" * (1 + len(columns)) + "|", *rows])
 
 
 def main() -> None:
@@ -236,7 +245,7 @@ def main() -> None:
     result |= {"growth": growth()}
     for name, line in result["growth"].items():
         print(f"cost by {name:10} slope {line['slope']:.1f}, expected {EXPECTED[name]}")
-    write_json(pets.ROOT / "runs" / "bench" / "throughput.json", result)
+    write_json(pets.ROOT / "runs" / "bench" / f"throughput_{result['headline']['precision']}.json", result)
     figure, path = plot_growth(result["growth"]), pets.ROOT / "runs" / "bench" / "cost.png"
     pets.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
