@@ -1,4 +1,4 @@
-"""Criteria of the rubric: splits, loading, augmentation and half the side, seen from outside."""
+"""Criteria of the rubric: splits, loading, augmentation, seen from outside."""
 
 import shutil
 
