@@ -1,7 +1,9 @@
 """Draw the pictures that README and notebook show.
 
 python figures/make_figures.py          photographs the notebook as a reader sees it
-python figures/make_figures.py FOLDER   draws the rest from notebooks/oxford_run; FOLDER holds oxford-iiit-pet
+python figures/make_figures.py FOLDER   draws result.png from notebooks/oxford_run; FOLDER holds oxford-iiit-pet
+
+cost.png is drawn by `make bench`, and history.png by the kept run itself.
 """
 
 import shutil
@@ -58,7 +60,7 @@ def photograph_notebook(section: str = "See-the-U") -> None:
 
 
 def main(data_dir: str = "") -> None:
-    """Photograph the notebook; or score the test split with the kept net, and draw some of its predictions and it."""
+    """Photograph the notebook; or score the test split with the kept net, and draw some of its predictions."""
     if not data_dir:
         return photograph_notebook()
     model, recipe = pets.load_net(KEPT)
@@ -73,8 +75,6 @@ def main(data_dir: str = "") -> None:
     labels, _ = pets.predict(model, images, precision, size=size, flip=recipe.FLIP)
     shown = pets.load_pets(folder, [names[i] for i in chosen.values()], recipe.SCORE_SIZE)  # finer than the net saw
     plot_result(shown, list(chosen), labels).savefig(ROOT / "figures" / "result.png", dpi=100)
-    steps = pets.analyse_shapes(model, recipe.IMAGE_SIZE)
-    pets.plot_unet(steps).savefig(ROOT / "figures" / "unet.png", dpi=120)
 
 
 if __name__ == "__main__":
