@@ -24,14 +24,15 @@ NOTEBOOKS = ROOT / "notebooks"
 KEPT = NOTEBOOKS / "oxford_run"
 
 
-def pick_by_rank(test: pets.Pets, matrices: torch.Tensor) -> dict[str, int]:
+def pick_by_rank(images: list[dict[str, str]]) -> dict[str, str]:
     """Return the test images whose mean IoU is better than so many per cent of all, by what to call them.
 
     Images whose mask is all background are left out: there a pet was forgotten, and no net can be right.
     """
-    iou = torch.tensor([pets.scores(matrix)["mean_iou"] for matrix in matrices])
-    empty = (test.masks == pets.CLASSES.index("background")).flatten(1).all(dim=1)
-    ranking = [i for i in iou.argsort().tolist() if not empty[i]]
+    counts = [f"{true}_as_{predicted}" for true in pets.CLASSES for predicted in pets.CLASSES]
+    matrices = {row["name"]: torch.tensor([int(row[c]) for c in counts]).view(3, 3) for row in images}
+    whole = {name: matrix for name, matrix in matrices.items() if matrix[0].any() or matrix[2].any()}
+    ranking = sorted(whole, key=lambda name: pets.scores(whole[name])["mean_iou"])
     return {f"better than {share} %": ranking[len(ranking) * share // 100] for share in (90, 75, 50, 25, 10)}
 
 
@@ -60,21 +61,18 @@ def photograph_notebook(section: str = "See-the-U") -> None:
 
 
 def main(data_dir: str = "") -> None:
-    """Photograph the notebook; or score the test split with the kept net, and draw some of its predictions."""
+    """Photograph the notebook; or draw some of the kept net's predictions for test images."""
     if not data_dir:
         return photograph_notebook()
     model, recipe = pets.load_net(KEPT)
     precision = pets.pick_precision(recipe.PRECISION, torch.device("cpu"))
     folder = pets.find_dataset(data_dir)
-    names = pets.read_split(folder, "test")
-    test = pets.load_pets(folder, names, recipe.IMAGE_SIZE, mask_side=recipe.SCORE_SIZE)
-    matrices = pets.evaluate(model, test, precision, flip=recipe.FLIP)
-    print(f"pixel accuracy on the test split: {pets.scores(matrices.sum(0))['pixel_accuracy']:.6f}")
-    chosen = pick_by_rank(test, matrices)
-    images, size = test.images[[*chosen.values()]], test.masks.shape[1:]
-    labels, _ = pets.predict(model, images, precision, size=size, flip=recipe.FLIP)
-    shown = pets.load_pets(folder, [names[i] for i in chosen.values()], recipe.SCORE_SIZE)  # finer than the net saw
+    chosen = pick_by_rank([row for row in pets.read_run(KEPT)["images"] if row["split"] == "test"])
+    shown = pets.load_pets(folder, list(chosen.values()), recipe.SCORE_SIZE)  # finer than the net sees
+    seen = pets.load_pets(folder, list(chosen.values()), recipe.IMAGE_SIZE)
+    labels, _ = pets.predict(model, seen.images, precision, size=shown.masks.shape[1:], flip=recipe.FLIP)
     plot_result(shown, list(chosen), labels).savefig(ROOT / "figures" / "result.png", dpi=100)
+    return None
 
 
 if __name__ == "__main__":
