@@ -13,24 +13,25 @@ import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import petseg_utils as pets  # noqa: E402
+from support.sweep import check_run  # noqa: E402
 
 NOTEBOOKS = ROOT / "notebooks"
 KEPT = NOTEBOOKS / "oxford_run"
 
 
-def pick_by_rank(images: list[dict[str, str]]) -> dict[str, str]:
+def pick_by_rank(counts: dict[str, np.ndarray]) -> dict[str, str]:
     """Return the test images whose mean IoU is better than so many per cent of all, by what to call them.
 
     Images whose mask is all background are left out: there a pet was forgotten, and no net can be right.
     """
-    counts = [f"{true}_as_{predicted}" for true in pets.CLASSES for predicted in pets.CLASSES]
-    matrices = {row["name"]: torch.tensor([int(row[c]) for c in counts]).view(3, 3) for row in images}
+    matrices = {name: torch.from_numpy(nine).view(len(pets.CLASSES), -1) for name, nine in counts.items()}
     whole = {name: matrix for name, matrix in matrices.items() if matrix[0].any() or matrix[2].any()}
     ranking = sorted(whole, key=lambda name: pets.scores(whole[name])["mean_iou"])
     return {f"better than {share} %": ranking[len(ranking) * share // 100] for share in (90, 75, 50, 25, 10)}
@@ -67,7 +68,7 @@ def main(data_dir: str = "") -> None:
     model, recipe = pets.load_net(KEPT)
     precision = pets.pick_precision(recipe.PRECISION, torch.device("cpu"))
     folder = pets.find_dataset(data_dir)
-    chosen = pick_by_rank([row for row in pets.read_run(KEPT)["images"] if row["split"] == "test"])
+    chosen = pick_by_rank(check_run(pets.read_run(KEPT)).counts["test"])
     shown = pets.load_pets(folder, list(chosen.values()), recipe.SCORE_SIZE)  # finer than the net sees
     seen = pets.load_pets(folder, list(chosen.values()), recipe.IMAGE_SIZE)
     labels, _ = pets.predict(model, seen.images, precision, size=shown.masks.shape[1:], flip=recipe.FLIP)
