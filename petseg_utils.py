@@ -6,7 +6,6 @@ masks are (B, N, N) uint8 labels, each an index into `CLASSES`, or `IGNORE`.
 """
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -40,7 +39,7 @@ from support.machine import check_memory, keep_freed_memory, memory_told, pick_d
 from support.muon import Muon
 from support.parameters import InputError, Parameters, brief, check_folder_name, reason
 from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet  # noqa: F401
-from support.safe_files import load_tensors, own_folder, read_names, save_tensors, write_atomically, write_csv
+from support.safe_files import git_name, load_tensors, own_folder, read_names, save_tensors, write_atomically, write_csv
 from support.sample_pets import draw_sample_pets  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent
@@ -528,9 +527,7 @@ def save_run(folder: Path, metrics: dict, history: list[dict], scored: dict[str,
     ]
     splits = {split: {**scores(m.sum(0)), "images": len(m)} for split, (_, m) in scored.items()}
     code = [Path(__file__), *sorted((ROOT / "support").glob("*.py"))]
-    versions = {"torch": torch.__version__}
-    for file in code:  # named as git does: `git log --find-object=NAME` finds its commit
-        versions[file.stem] = hashlib.sha1(b"blob %d\0" % file.stat().st_size + file.read_bytes()).hexdigest()
+    versions = {"torch": torch.__version__, **{file.stem: git_name(file) for file in code}}
     text = json.dumps({**metrics, **splits, "versions": versions}, indent=2) + "\n"
     write_csv(folder / "history.csv", history)
     write_csv(folder / "images.csv", images)

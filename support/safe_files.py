@@ -6,6 +6,7 @@ else in this project writes a result or opens a file that `torch.save` wrote.
 
 import atexit
 import csv
+import hashlib
 import io
 import math
 import os
@@ -63,6 +64,12 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(table.getvalue().encode()))
+
+
+def git_name(path: Path) -> str:
+    """Return git's name of a file's content: `git log --find-object=NAME` finds the commits that have it."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def save_tensors(path: Path, content: dict) -> None:

@@ -12,7 +12,6 @@ spreads the runs over processes and gives a lost worker's run to another.
 """
 
 import csv
-import hashlib
 import html
 import json
 import os
@@ -48,6 +47,7 @@ from traitlets.config import Config
 
 import petseg_utils as pets
 from petseg_utils import InputError
+from support.safe_files import git_name
 
 NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
 
@@ -217,8 +217,7 @@ def what_is_there(folder: Path, parameters: dict) -> str:
         raise InputError(f"{where}: give this one another name, or move that one away.")
     if not ran_to_its_end(folder / "notebook.ipynb"):
         return ""
-    module = Path(pets.__file__).read_bytes()
-    same = code == hashlib.sha1(b"blob %d\0" % len(module) + module).hexdigest()  # as `save_run` notes it
+    same = code == git_name(Path(pets.__file__))
     return "complete" if same else "complete, made by another version of petseg_utils.py"
 
 
