@@ -12,7 +12,7 @@ def pytest_configure(config):
     """Put the root on the path of this process and of the kernels, which don't read pytest's settings."""
     sys.path.insert(0, str(ROOT))
     if hasattr(config.option, "nbval_cell_timeout"):
-        config.option.nbval_cell_timeout = 300  # seconds
+        config.option.nbval_cell_timeout = 600  # seconds
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 

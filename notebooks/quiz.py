@@ -19,13 +19,12 @@ UNANSWERED = "not answered yet"
 
 def check(number: int, answer: object) -> None:
     """Print what there is to say about an answer; None, or a function that returns it, is none."""
-    print(f"{number}: {QUESTIONS[number](answer)}")
+    answered = answer is not None and answer is not ...
+    print(f"{number}: {QUESTIONS[number](answer) if answered else UNANSWERED}")
 
 
 def compare(answer: object, truth: object, mistakes: dict, otherwise: str) -> str:
     """Return a sentence on an answer: right, one of the well-known mistakes, or something else."""
-    if answer is None or answer is ...:
-        return UNANSWERED
     if isinstance(answer, str):
         answer = answer.strip().lower()
     if answer == truth:
@@ -58,9 +57,8 @@ def positions(answer: float | None) -> str:
 def largest_side(answer: int | None) -> str:
     """Check the largest side below 600 that a U-Net of depth 5 takes."""
     net = pets.UNet(base_channels=1, depth=5)
-    truth = max(
-        n for n in range(560, 600) if all(step.agrees for step in pets.analyse_shapes(net, n))
-    )
+    sides = (n for n in range(599, 0, -1) if all(s.agrees for s in pets.analyse_shapes(net, n)))
+    truth = next(sides)
     mistakes = {
         592: "592 can be halved four times, but not five",
         512: "it need not be a power of two, only a multiple of one: 32",

@@ -240,14 +240,14 @@ def execute(parameters: dict, folder: Path) -> None:
             # Sockets that are files: kernels that start at the same moment may draw the same ports (papermill's 511).
             private = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
             quiet = ["--log-level=CRITICAL"]  # a kernel's log would stand in the middle of the progress bar
-            papermill.execute_notebook(
-                NOTEBOOK, output, given, progress_bar=False, cwd=pets.ROOT, config=private, extra_arguments=quiet
-            )
+            options = {"progress_bar": False, "config": private, "extra_arguments": quiet}
+            options["request_save_on_cell_execute"] = False  # once at its end: a hundred runs share one disk
+            papermill.execute_notebook(NOTEBOOK, output, given, cwd=pets.ROOT, **options)
     except PapermillExecutionError as error:
         told = error.evalue if error.ename == "InputError" else f"{error.ename}: {error.evalue}, see {output}."
         raise InputError(" ".join(told.split())) from None
     except DeadKernelError:
-        raise InputError(f"its kernel died, perhaps for want of memory: see the last cell of {output}.") from None
+        raise InputError("its kernel died, perhaps for want of memory: make the run alone to see where.") from None
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error}): make room, or change its permissions.") from None
 

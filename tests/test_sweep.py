@@ -215,6 +215,7 @@ def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint_on_another(schedul
         victim = processes[1] if is_busy(client, processes[1].pid) else processes[2]
         os.kill(victim.pid, signal.SIGKILL)
         assert not (folder / "metrics.json").exists(), "the run was over before its worker was killed"
+        assert not (folder / "notebook.ipynb").exists(), "it is written once, at the end"
         output, _ = made.communicate(timeout=240)
     assert made.returncode == 0, output
     assert output.splitlines()[-1] == "1 made, 0 kept, 0 failed"
