@@ -86,7 +86,7 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
     looking = 75 * score * len(range(0, tests, max(1, tests // 400)))  # the cells on errors and sureness take some
     if pick_device(recipe.DEVICE).type != "cpu":
         training = scoring = 0  # a device's own memory is not forecast
-    return int(1e9 + data + 70 * count_weights(recipe) + max(training, scoring, looking))
+    return int(1.2e9 + data + 70 * count_weights(recipe) + max(training, scoring, looking))
 
 
 def free_memory() -> int:

@@ -4,6 +4,7 @@ An executed notebook that is there is kept until the new one is complete, and wh
 sentence.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
 def call_papermill(command: list[str], draft: Path) -> None:
     """Let papermill execute a notebook into `draft`. Errors: `InputError`, for all that a cell can do, too."""
     quieten_kernel()
+    logging.getLogger("asyncio").disabled = True  # after Ctrl-C it may tell, last and at length, of what was cut off
     try:
         with patch("traceback.print_exc"):  # by which papermill would tell of a dead kernel, at length
             papermill.main(command, standalone_mode=False)
