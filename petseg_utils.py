@@ -228,6 +228,22 @@ def open_trimap(path: Path, size: tuple[int, int]) -> Image.Image:
     return trimap
 
 
+def check_files(folder: Path, names: list[str]) -> None:
+    """Raise `InputError` that tells of all files that are unusable, of `names` and of both splits together."""
+    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
+    faults = []
+    for name in tqdm(every, "check all images", leave=False):
+        try:
+            image = open_image(folder / IMAGE_FILE.format(name), paired=True)
+            open_trimap(folder / TRIMAP_FILE.format(name), image.size)
+        except InputError as error:
+            faults.append(str(error).rstrip("."))
+    if faults:
+        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
+
+
 @memory_told()
 def load_pets(
     folder: Path, names: list[str], side: int, title: str = "images", *, mask_side: int = 0, resize: str = "nearest"
@@ -240,13 +256,6 @@ def load_pets(
     images = torch.empty(len(names), 3, side, side, dtype=torch.uint8)
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
-    def load(index: int) -> str:
-        try:
-            fill(index)
-        except InputError as error:
-            return str(error).rstrip(".")
-        return ""
-
     def fill(index: int) -> None:
         image = open_image(folder / IMAGE_FILE.format(names[index]), paired=True)
         trimap = open_trimap(folder / TRIMAP_FILE.format(names[index]), image.size)
@@ -255,13 +264,12 @@ def load_pets(
         trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])
         masks[index] = torch.from_numpy(np.array(trimap)) - 1  # 1, 2, 3 -> 0, 1, 2
 
-    with ThreadPoolExecutor() as pool:
-        faults = [fault for fault in tqdm(pool.map(load, range(len(names))), title, len(names), leave=False) if fault]
-    if len(faults) > 1:
-        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(f"{len(faults)} of {len(names)} {title} are unusable: {'; '.join(faults[:10])}{more}.")
-    if faults:
-        raise InputError(f"{faults[0]}.")
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(tqdm(pool.map(fill, range(len(names))), title, len(names), leave=False))
+    except InputError:
+        check_files(folder, names)  # one is bad: tell of all at once
+        raise
     return Pets(names, images, masks, folder)
 
 

@@ -970,10 +970,19 @@ def test_all_bad_files_are_told_together(folder, count, names):
     with pytest.raises(InputError) as caught:
         pets.load_pets(folder, chosen, 16, "pictures")
     message = str(caught.value)
-    told(message, f"{count} of 36 pictures" if count > 1 else "")
+    told(message, f"{count} of 36 images" if count > 1 else "")
     assert message.count(".png cannot be decoded") == names
     assert ("and 2 more" in message) == (count == 12)
     note("several bad files at once", "one sentence")
+
+
+def test_bad_files_of_all_splits_are_told_when_the_first_split_is_loaded(folder):
+    train, test = (pets.read_split(folder, split) for split in ("trainval", "test"))
+    paths = [folder / "images" / f"{train[0]}.jpg", folder / "annotations" / "trimaps" / f"{test[0]}.png"]
+    for path in paths:
+        path.write_bytes(b"")
+    with one_sentence("several bad files at once", "2 of 36 images", *(path.name for path in paths)):
+        pets.load_pets(folder, train, 16)
 
 
 def test_photo_that_is_none_is_told(tmp_path):
