@@ -32,7 +32,7 @@ def compare(answer: object, truth: object, mistakes: dict, otherwise: str) -> st
     return f"not yet: {mistakes.get(answer, otherwise)}"
 
 
-def channels(answer: int | None) -> str:
+def channels(answer: int) -> str:
     """Check the channels after concat4."""
     truth = COURSE["concat4"].traced[0]
     mistakes = {
@@ -43,7 +43,7 @@ def channels(answer: int | None) -> str:
     return compare(answer, truth, mistakes, "look at the channels of down4, and at what joins them")
 
 
-def positions(answer: float | None) -> str:
+def positions(answer: float) -> str:
     """Check the factor by which the number of positions shrinks from down2 to down3."""
     before, after = (COURSE[name].traced[1] for name in ("down2", "down3"))
     truth = (before / after) ** 2
@@ -54,11 +54,12 @@ def positions(answer: float | None) -> str:
     return compare(answer, truth, mistakes, "pooling 2 x 2 keeps one position of how many?")
 
 
-def largest_side(answer: int | None) -> str:
+def largest_side(answer: int) -> str:
     """Check the largest side below 600 that a U-Net of depth 5 takes."""
     net = pets.UNet(base_channels=1, depth=5)
-    sides = (n for n in range(599, 0, -1) if all(s.agrees for s in pets.analyse_shapes(net, n)))
-    truth = next(sides)
+    truth = next(
+        n for n in range(599, 0, -1) if all(step.agrees for step in pets.analyse_shapes(net, n))
+    )
     mistakes = {
         592: "592 can be halved four times, but not five",
         512: "it need not be a power of two, only a multiple of one: 32",
@@ -68,7 +69,7 @@ def largest_side(answer: int | None) -> str:
     return compare(answer, truth, mistakes, "five halvings must come out even")
 
 
-def mixed_label(answer: str | None) -> str:
+def mixed_label(answer: str) -> str:
     """Check the class of a pixel halfway between pet and border, resized bilinearly."""
     pair = Image.fromarray(np.array([[1, 3]], dtype=np.uint8))
     between = pair.resize((3, 1), Image.Resampling.BILINEAR)
@@ -77,7 +78,7 @@ def mixed_label(answer: str | None) -> str:
     return compare(answer, truth, {}, wrong)
 
 
-def dice_of_half(answer: float | None) -> str:
+def dice_of_half(answer: float) -> str:
     """Check the Dice score of a class whose IoU is 0.5."""
     half = pets.scores(torch.tensor([[2, 1, 0], [1, 2, 0], [0, 0, 1]]))  # pet: TP 2, FP 1, FN 1
     mistakes = {
@@ -89,7 +90,7 @@ def dice_of_half(answer: float | None) -> str:
     return compare(rounded, round(half["dice"]["pet"], 2), mistakes, "write both in TP, FP and FN")
 
 
-def even_loss(answer: float | None) -> str:
+def even_loss(answer: float) -> str:
     """Check the cross-entropy of a net that gives three classes the same probability."""
     loss = F.cross_entropy(torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long)).item()
     mistakes = {
@@ -102,7 +103,7 @@ def even_loss(answer: float | None) -> str:
     return compare(rounded, round(loss, 2), mistakes, "it is -ln(1/3)")
 
 
-def norm_parameters(answer: int | None) -> str:
+def norm_parameters(answer: int) -> str:
     """Check how many parameters one BatchNorm of down1 learns."""
     truth = sum(p.numel() for p in pets.conv_plus_conv(3, 32)[1].parameters())
     mistakes = {
@@ -113,7 +114,7 @@ def norm_parameters(answer: int | None) -> str:
     return compare(answer, truth, mistakes, "what does it learn for each of its channels?")
 
 
-def depth_to_see_all(answer: int | None) -> str:
+def depth_to_see_all(answer: int) -> str:
     """Check the smallest depth at which the bottleneck's middle can see all of 256 x 256."""
 
     def sees_all(depth: int) -> bool:

@@ -240,9 +240,16 @@ def execute(parameters: dict, folder: Path) -> None:
             # Sockets that are files: kernels that start at the same moment may draw the same ports (papermill's 511).
             private = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
             quiet = ["--log-level=CRITICAL"]  # a kernel's log would stand in the middle of the progress bar
-            options = {"progress_bar": False, "config": private, "extra_arguments": quiet}
-            options["request_save_on_cell_execute"] = False  # once at its end: a hundred runs share one disk
-            papermill.execute_notebook(NOTEBOOK, output, given, cwd=pets.ROOT, **options)
+            papermill.execute_notebook(
+                NOTEBOOK,
+                output,
+                given,
+                request_save_on_cell_execute=False,  # once at its end: a hundred runs share one disk
+                progress_bar=False,
+                cwd=pets.ROOT,
+                config=private,
+                extra_arguments=quiet,
+            )
     except PapermillExecutionError as error:
         told = error.evalue if error.ename == "InputError" else f"{error.ename}: {error.evalue}, see {output}."
         raise InputError(" ".join(told.split())) from None
