@@ -3,9 +3,12 @@
     make sweep GRID=mine.json CLUSTER=tcp://host:8786 WORKERS=2
 
 GRID is a JSON file: {"base": {parameters}, "changes": {"name": {parameters}, ...}, "seeds": [0, 1]}. Each change is
-made with each seed. CLUSTER is the address of a Dask scheduler, "tcp://host:8786", whose workers were started in this
-project's folder with one thread each; without it, this machine's own workers do the work. Repeating the command goes
-on where it stopped.
+made with each seed. CLUSTER is the address of a Dask scheduler; without it, this machine's own workers do the work.
+Repeating the command goes on where it stopped. A scheduler and its workers, on any number of machines that share the
+project's folder, are started in that folder:
+
+    .venv/bin/python -m dask scheduler
+    .venv/bin/python -m dask worker tcp://host:8786 --nthreads 1
 
 A file of its own, since nobody has to read it to learn about segmentation. Papermill executes the notebook, Dask
 spreads the runs over processes and gives a lost worker's run to another.
@@ -155,7 +158,18 @@ def start_workers(cluster: str, workers: int) -> Iterator[Client]:
         if not threads or max(threads) > 1:
             what = f"the workers of {cluster} {'have more than one thread' if threads else 'are missing'}"
             raise InputError(f"{what}: start some with --nthreads 1, since a run needs a process of its own.")
+        check_imports(client, cluster)
         yield client
+
+
+def check_imports(client: Client, cluster: str) -> None:
+    """Check that the scheduler and its workers find this project's modules. Errors: `InputError`."""
+    try:
+        client.run_on_scheduler(this_host)
+        client.run(this_host)
+    except Exception as error:  # a worker's error comes back as a bare Exception
+        where = f"the scheduler at {cluster} or one of its workers can't import this project ({error})"
+        raise InputError(f"{where}: start them in its folder, with .venv/bin/python -m dask.") from None
 
 
 def this_host() -> tuple[str, int]:

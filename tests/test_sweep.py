@@ -168,10 +168,12 @@ def test_runs_are_made_kept_refused_and_fail_without_stopping_the_others(names):
     assert "EPOCHS 1, not 2" in other[0]["why"]
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """Start a Dask process as the README says, in the project's root."""
+def start(*arguments: str, folder: Path = pets.ROOT) -> subprocess.Popen:
+    """Start a Dask process as sweep.py says, in the project's folder or elsewhere."""
     command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
-    return subprocess.Popen(command, cwd=pets.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.Popen(command, cwd=folder, env=environment, **quiet)
 
 
 @pytest.fixture
@@ -242,4 +244,13 @@ def test_workers_with_two_threads_are_refused(scheduler, complains):
     with pets_client(address) as client:
         client.wait_for_workers(1, timeout=60)
         with complains("more than one thread", "--nthreads 1"), sweep.start_workers(address, 1):
+            pass
+
+
+def test_workers_that_cannot_import_the_project_end_in_a_sentence(scheduler, complains, tmp_path):
+    address, processes = scheduler
+    processes.append(start("worker", address, "--nthreads", "1", "--no-nanny", folder=tmp_path))
+    with pets_client(address) as client:
+        client.wait_for_workers(1, timeout=60)
+        with complains("can't import this project", "start them in its folder"), sweep.start_workers(address, 1):
             pass
