@@ -57,30 +57,35 @@ def orthogonalize(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
 
     Newton-Schulz iterations X <- a X + b (X X') X + c (X X')^2 X. All factors are polynomials in the small X X', so
     they are multiplied first, and the large X once, at the end. They need singular values of at most 1; the root of
-    the norm of (X X')^2 is a closer bound of X X' than the norm of X is of X.
+    the norm of (X X')^2 is a closer bound of X X' than the norm of X is of X. It is X X' that is divided, not the
+    large X.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T, precision).T
-    matrix = matrix / (matrix.norm() + 1e-7)
     if len(matrix) == 1:
-        return matrix
+        return matrix / (matrix.norm() + 1e-7)
     if len(matrix) < 64:
         precision = torch.float32  # products this small gain nothing
     matrix = matrix.to(precision)
     gram = times(matrix, matrix.T, precision)  # X X', (R, R)
-    bound = times(gram, gram, precision).norm().sqrt() + 1e-12
-    return times(factors(gram / bound, precision), matrix, precision) / bound.sqrt()
+    size = gram.trace() + 1e-14
+    gram /= size
+    square = times(gram, gram, precision)
+    bound = square.norm().sqrt() + 1e-12
+    factor = factors(gram / bound, square / bound**2, precision)
+    return times(factor / (size * bound).sqrt(), matrix, precision)
 
 
-def factors(gram: Tensor, precision: torch.dtype, coefficients: Sequence = COEFFICIENTS) -> Tensor:
+def factors(gram: Tensor, square: Tensor, precision: torch.dtype, coefficients: Sequence = COEFFICIENTS) -> Tensor:
     """Return the product of the factors a I + b X X' + c (X X')^2 of all iterations, for X X' before the first."""
     (a, b, c), *others = coefficients
-    factor = b * gram + c * times(gram, gram, precision)
+    factor = b * gram + c * square
     factor.diagonal().add_(a)
     if not others:
         return factor
     gram = times(times(factor, gram, precision), factor, precision)
-    return times(factors(gram, precision, others), factor, precision)
+    square = times(gram, gram, precision)
+    return times(factors(gram, square, precision, others), factor, precision)
 
 
 def times(a: Tensor, b: Tensor, precision: torch.dtype) -> Tensor:
