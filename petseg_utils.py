@@ -215,17 +215,19 @@ def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Imag
     return image.convert("RGB") if rgb else image
 
 
-def open_trimap(path: Path, size: tuple[int, int]) -> Image.Image:
-    """Decode a trimap. Errors: `InputError` unless it has 8 bits, `size` (width, height) and no value but 1, 2, 3."""
+def open_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
+    """Decode an image and its trimap, which has the image's size, 8 bits and only 1, 2, 3. Errors: `InputError`."""
+    image = open_image(folder / IMAGE_FILE.format(name), paired=True)
+    path = folder / TRIMAP_FILE.format(name)
     trimap = open_image(path, rgb=False)
     if trimap.mode != "L":
         raise InputError(f"{path} has the mode {trimap.mode}, but a trimap has one channel of 8 bits: replace it.")
-    if trimap.size != size:
-        raise InputError(f"{path} is {trimap.size} pixels large but its image is {size}: replace it.")
+    if trimap.size != image.size:
+        raise InputError(f"{path} is {trimap.size} pixels large but its image is {image.size}: replace it.")
     strangers = {value for value, count in enumerate(trimap.histogram()) if count} - {1, 2, 3}
     if strangers:
         raise InputError(f"{path} holds the value {min(strangers)}, but a trimap holds only 1, 2 and 3: replace it.")
-    return trimap
+    return image, trimap
 
 
 def check_files(folder: Path, names: list[str]) -> None:
@@ -234,8 +236,7 @@ def check_files(folder: Path, names: list[str]) -> None:
     faults = []
     for name in tqdm(every, "check all images", leave=False):
         try:
-            image = open_image(folder / IMAGE_FILE.format(name), paired=True)
-            open_trimap(folder / TRIMAP_FILE.format(name), image.size)
+            open_pair(folder, name)
         except InputError as error:
             faults.append(str(error).rstrip("."))
     if faults:
@@ -257,8 +258,7 @@ def load_pets(
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        image = open_image(folder / IMAGE_FILE.format(names[index]), paired=True)
-        trimap = open_trimap(folder / TRIMAP_FILE.format(names[index]), image.size)
+        image, trimap = open_pair(folder, names[index])
         # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and must never be mixed.
         images[index] = v2.functional.pil_to_tensor(image.resize((side, side), Image.Resampling.BILINEAR))
         trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])

@@ -205,9 +205,9 @@ MODULE_FAULTS = (
     fault("masks", "border merged", SHIFT, f"({SHIFT}).clamp(max=1)"),
     fault(
         "masks",
-        "masks of the neighbours",
-        "TRIMAP_FILE.format(names[index]), image.size)",
-        "TRIMAP_FILE.format(names[index]), image.size).transpose(Image.Transpose.FLIP_LEFT_RIGHT)",
+        "masks mirrored, images not",
+        "return image, trimap\n",
+        "return image, trimap.transpose(Image.Transpose.FLIP_LEFT_RIGHT)\n",
     ),
     fault(
         "images",
