@@ -1,10 +1,10 @@
 """What each part buys: runs on the real dataset that differ from a base in one thing, and the table of their scores.
 
-    python -m benchmarks.ablations FOLDER [CLUSTER]   makes the runs and the table; FOLDER holds oxford-iiit-pet
-    python -m benchmarks.ablations                    prints the table of the README from the results that are kept
+    python -m benchmarks.ablations FOLDER [GRID] [CLUSTER]   makes the runs and the table; FOLDER holds oxford-iiit-pet
+    python -m benchmarks.ablations [GRID]                    prints the table of the README from the kept results
 
-The runs are those of ablations.json, made as `make sweep` makes them, on this machine or on a Dask CLUSTER. The results
-are kept in ablations.csv, a line for each run.
+GRID is ablations (unless given) or optimisers: the runs are those of GRID.json, made as `make sweep` makes them, on
+this machine or on a Dask CLUSTER. The results are kept in GRID.csv, a line for each run.
 """
 
 import csv
@@ -15,39 +15,38 @@ import petseg_utils as pets
 from support import sweep
 from support.command import as_script
 
-GRID = Path(__file__).with_suffix(".json")
-RESULTS = GRID.with_suffix(".csv")
+HERE = Path(__file__).parent
+GRIDS = ("ablations", "optimisers")
 
 
-def make(data_dir: str, cluster: str = "") -> int:
-    """Make the runs of the grid and the table of those that are complete; return 1 if one failed."""
+def make(data_dir: str, grid: str, cluster: str = "") -> int:
+    """Make the runs of a grid and the table of those that are complete; return 1 if one failed."""
     folder = os.path.relpath(pets.find_dataset(data_dir).parent, pets.ROOT)
-    runs = {name: parameters | {"DATA_DIR": folder} for name, parameters in sweep.read_grid(GRID).items()}
+    path = HERE / f"{grid}.json"
+    runs = {name: parameters | {"DATA_DIR": folder} for name, parameters in sweep.read_grid(path).items()}
     outcomes = sweep.make_runs(runs, cluster)
     print(sweep.report(outcomes))
     complete = [f"runs/{one['run']}" for one in outcomes if one["outcome"] != "failed"]
     if complete:
-        write_results(sweep.find_runs(" ".join(complete))[0])
+        write_results(sweep.find_runs(" ".join(complete))[0], grid, path.with_suffix(".csv"))
     return int(len(complete) < len(runs))
 
 
-def write_results(runs: list[sweep.Run], path: Path = RESULTS) -> None:
+def write_results(runs: list[sweep.Run], grid: str, path: Path) -> None:
     """Write the table that is kept: each run's line has the interval of its gain over the base of the same seed."""
     found = {run.name: run for run in runs}
     rows = []
-    for name in filter(found.get, sweep.read_grid(GRID)):  # in the order of the grid
-        run, base = found[name], found.get(f"{GRID.stem}_base_seed_{found[name].seed}")
+    for name in filter(found.get, sweep.read_grid(HERE / f"{grid}.json")):  # in the order of the grid
+        run, base = found[name], found.get(f"{grid}_base_seed_{found[name].seed}")
         low = high = ""
         if base and base is not run and run.counts and base.counts:
             gain = sweep.estimate(sweep.pixel_accuracy, [run.counts["test"]], [base.counts["test"]])
             low, high = (f"{100 * bound:.2f}" for bound in gain[1:])
-        rows.append(
-            sweep.to_row(run) | {"name": name.removeprefix(f"{GRID.stem}_"), "gain_low": low, "gain_high": high}
-        )
+        rows.append(sweep.to_row(run) | {"name": name.removeprefix(f"{grid}_"), "gain_low": low, "gain_high": high})
     pets.write_csv(path, rows)
 
 
-def read_results(path: Path = RESULTS) -> dict[str, dict[int, dict[str, str]]]:
+def read_results(path: Path) -> dict[str, dict[int, dict[str, str]]]:
     """Return the lines of the table that is kept, by change and seed."""
     kept: dict[str, dict[int, dict[str, str]]] = {}
     for row in csv.DictReader(path.read_text().splitlines()):
@@ -80,10 +79,14 @@ def table(kept: dict[str, dict[int, dict[str, str]]]) -> str:
     return "\n".join(lines)
 
 
-def main(data_dir: str = "", cluster: str = "") -> int:
+def main(data_dir: str = "", grid: str = "ablations", cluster: str = "") -> int:
     """Make the runs, if a folder is given, and print the table."""
-    failed = make(data_dir, cluster) if data_dir else 0
-    print(table(read_results()))
+    if data_dir in GRIDS:
+        data_dir, grid = "", data_dir
+    if grid not in GRIDS:
+        raise pets.InputError(f"there is no grid {grid!r}: name {' or '.join(GRIDS)}.")
+    failed = make(data_dir, grid, cluster) if data_dir else 0
+    print(table(read_results(HERE / f"{grid}.csv")))
     return failed
 
 

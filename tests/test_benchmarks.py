@@ -32,9 +32,9 @@ def run_module(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["ablations", "norm_statistics", "peer"])
-def test_the_table_that_is_shown_is_what_the_module_prints(name):
-    printed = run_module(f"benchmarks.{name}")
+@pytest.mark.parametrize("command", ["ablations", "ablations optimisers", "norm_statistics", "peer"])
+def test_the_table_that_is_shown_is_what_the_module_prints(command):
+    printed = run_module(*f"benchmarks.{command}".split())
     assert printed.returncode == 0, printed.stderr
     assert printed.stdout.count("\n") > 5
     assert printed.stdout in SHOWN
@@ -45,17 +45,19 @@ def test_the_table_of_the_speed_is_that_of_the_kept_result():
     assert throughput.table(*(one["headline"] for one in kept)) in SHOWN
 
 
-def test_the_kept_runs_are_all_those_of_the_grid():
-    wanted = sweep.read_grid(ablations.GRID)
-    kept, _ = sweep.find_runs("benchmarks/ablations.csv")
-    assert [f"ablations_{run.name}" for run in kept] == list(wanted)
+@pytest.mark.parametrize("grid", ablations.GRIDS)
+def test_the_kept_runs_are_all_those_of_the_grid(grid):
+    wanted = sweep.read_grid(FOLDER / f"{grid}.json")
+    kept, _ = sweep.find_runs(f"benchmarks/{grid}.csv")
+    assert [f"{grid}_{run.name}" for run in kept] == list(wanted)
     for run in kept:
-        parameters = pets.Recipe(**wanted[f"ablations_{run.name}"]).model_dump(exclude=pets.Recipe.PLACES)
+        parameters = pets.Recipe(**wanted[f"{grid}_{run.name}"]).model_dump(exclude=pets.Recipe.PLACES)
         assert {name: run.parameters[name] for name in parameters} == parameters
 
 
-def test_a_gain_lies_within_its_interval_and_a_rows_scores_are_means_of_its_seeds():
-    kept = ablations.read_results()
+@pytest.mark.parametrize("grid", ablations.GRIDS)
+def test_a_gain_lies_within_its_interval_and_a_rows_scores_are_means_of_its_seeds(grid):
+    kept = ablations.read_results(FOLDER / f"{grid}.csv")
     rows = [line.split("|")[1:-1] for line in ablations.table(kept).splitlines()[2:]]
     assert len(rows) == len(kept)
     for row, runs in zip(rows, kept.values(), strict=True):
@@ -73,7 +75,7 @@ def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
     for change, more in (("base", 0), ("no_skips", 2)):
         counts = {"test": {f"image_{i}": matrix + more * (torch.arange(9) == i % 9).numpy() for i in range(20)}}
         runs.append(template.model_copy(update={"name": f"ablations_{change}_seed_0", "counts": counts}))
-    ablations.write_results(runs, tmp_path / "table.csv")
+    ablations.write_results(runs, "ablations", tmp_path / "table.csv")
 
     rows = ablations.read_results(tmp_path / "table.csv")
     assert list(rows) == ["base", "no_skips"]
