@@ -595,7 +595,7 @@ def predict(
         return F.interpolate(run_model(model, batch, precision), size, mode="bilinear").softmax(dim=1)  # (B, K, H, W)
 
     labels, confidences = torch.empty(len(images), *size, dtype=torch.uint8), torch.empty(len(images), *size)
-    for start in tqdm(range(0, len(images), 32), "predict", delay=2, leave=False):
+    for start in tqdm(range(0, len(images), 32), "predict", delay=2 if len(images) > 32 else math.inf, leave=False):
         part = slice(start, start + 32)
         likely = probabilities(images[part])
         if flip:

@@ -1,6 +1,7 @@
 """The training section: the loss, the loop, its checkpoints, and prediction."""
 
 import ctypes
+import io
 import math
 import platform
 from mmap import PAGESIZE
@@ -14,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 import petseg_utils
 from petseg_utils import (
@@ -389,6 +391,18 @@ def noise(images: int, side: int, mask_side: int) -> Pets:
     photos = torch.randint(256, (images, 3, side, side), generator=random, dtype=torch.uint8)
     masks = torch.randint(3, (images, mask_side, mask_side), generator=random, dtype=torch.uint8)
     return Pets([f"pug_{i}" for i in range(images)], photos, masks)
+
+
+def test_scoring_shows_one_bar_and_none_for_each_batch(monkeypatch):
+    shown = io.StringIO()
+
+    def impatient(*arguments: object, delay: float, **options: object) -> tqdm:
+        return tqdm(*arguments, delay=delay * 1e-9, disable=False, mininterval=0, file=shown, **options)
+
+    monkeypatch.setattr(petseg_utils, "tqdm", impatient)
+    evaluate(new_model(), noise(40, 16, 16), FLOAT32)
+    assert "score" in shown.getvalue()
+    assert "predict" not in shown.getvalue()
 
 
 def test_evaluation_takes_no_more_memory_for_more_images():
