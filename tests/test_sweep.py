@@ -190,7 +190,7 @@ def scheduler():
         process.stderr.close()
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 400) -> None:
     """Wait until `condition()` holds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -218,7 +218,7 @@ def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint_on_another(schedul
         os.kill(victim.pid, signal.SIGKILL)
         assert not (folder / "metrics.json").exists(), "the run was over before its worker was killed"
         assert not (folder / "notebook.ipynb").exists(), "it is written once, at the end"
-        output, _ = made.communicate(timeout=240)
+        output, _ = made.communicate(timeout=400)
     assert made.returncode == 0, output
     assert output.splitlines()[-1] == "1 made, 0 kept, 0 failed"
     assert len(pets.read_run(folder)["history"]) == 60
