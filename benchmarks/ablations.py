@@ -15,20 +15,18 @@ import petseg_utils as pets
 from support import sweep
 from support.command import as_script
 
-HERE = Path(__file__).parent
-GRIDS = ("ablations", "optimisers")
+GRIDS = {name: Path(__file__).with_name(f"{name}.json") for name in ("ablations", "optimisers")}
 
 
 def make(data_dir: str, grid: str, cluster: str = "") -> int:
     """Make the runs of a grid and the table of those that are complete; return 1 if one failed."""
     folder = os.path.relpath(pets.find_dataset(data_dir).parent, pets.ROOT)
-    path = HERE / f"{grid}.json"
-    runs = {name: parameters | {"DATA_DIR": folder} for name, parameters in sweep.read_grid(path).items()}
+    runs = {name: parameters | {"DATA_DIR": folder} for name, parameters in sweep.read_grid(GRIDS[grid]).items()}
     outcomes = sweep.make_runs(runs, cluster)
     print(sweep.report(outcomes))
     complete = [f"runs/{one['run']}" for one in outcomes if one["outcome"] != "failed"]
     if complete:
-        write_results(sweep.find_runs(" ".join(complete))[0], grid, path.with_suffix(".csv"))
+        write_results(sweep.find_runs(" ".join(complete))[0], grid, GRIDS[grid].with_suffix(".csv"))
     return int(len(complete) < len(runs))
 
 
@@ -36,7 +34,7 @@ def write_results(runs: list[sweep.Run], grid: str, path: Path) -> None:
     """Write the table that is kept: each run's line has the interval of its gain over the base of the same seed."""
     found = {run.name: run for run in runs}
     rows = []
-    for name in filter(found.get, sweep.read_grid(HERE / f"{grid}.json")):  # in the order of the grid
+    for name in filter(found.get, sweep.read_grid(GRIDS[grid])):  # in the order of the grid
         run, base = found[name], found.get(f"{grid}_base_seed_{found[name].seed}")
         low = high = ""
         if base and base is not run and run.counts and base.counts:
@@ -86,7 +84,7 @@ def main(data_dir: str = "", grid: str = "ablations", cluster: str = "") -> int:
     if grid not in GRIDS:
         raise pets.InputError(f"there is no grid {grid!r}: name {' or '.join(GRIDS)}.")
     failed = make(data_dir, grid, cluster) if data_dir else 0
-    print(table(read_results(HERE / f"{grid}.csv")))
+    print(table(read_results(GRIDS[grid].with_suffix(".csv"))))
     return failed
 
 

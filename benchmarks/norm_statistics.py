@@ -59,7 +59,7 @@ def main(data_dir: str = "") -> None:
     """Train, if a folder is given, and print the table."""
     if data_dir:
         folder = pets.find_dataset(data_dir)
-        grid = json.loads((ablations.HERE / "ablations.json").read_text())
+        grid = json.loads(ablations.GRIDS["ablations"].read_text())
         recipes = [pets.Recipe(**grid["base"], SEED=seed) for seed in grid["seeds"]]
         write_json(KEPT, {str(recipe.SEED): follow(folder, recipe) for recipe in recipes})
     print(table(json.loads(KEPT.read_text())))

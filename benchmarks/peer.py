@@ -26,7 +26,7 @@ NETS = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's U
 
 def recipes() -> dict[str, pets.Recipe]:
     """Return the recipe of the ablations' base, with 32 base channels, for either optimiser."""
-    grid = json.loads((ablations.HERE / "ablations.json").read_text())
+    grid = json.loads(ablations.GRIDS["ablations"].read_text())
     muon = pets.Recipe(**grid["base"]).but(BASE_CHANNELS=32)
     return {"Muon": muon, "AdamW": muon.but(**grid["changes"]["AdamW_at_2e-3"])}
 
