@@ -39,8 +39,9 @@ from support.machine import check_memory, keep_freed_memory, memory_told, pick_d
 from support.muon import Muon
 from support.parameters import InputError, Parameters, brief, check_folder_name, reason
 from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet  # noqa: F401
-from support.safe_files import git_name, load_tensors, own_folder, read_names, save_tensors, write_atomically, write_csv
+from support.safe_files import git_name, own_folder, read_names, write_atomically, write_csv
 from support.sample_pets import draw_sample_pets  # noqa: F401
+from support.tensor_files import load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parent
 CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
@@ -710,8 +711,7 @@ def train(
     a full disk, a checkpoint that is damaged or of another training, and an interrupt.
     """
     check_run(recipe, train=train_pets.names, valid=valid_pets.names)
-    device = next(model.parameters()).device
-    precision = pick_precision(recipe.PRECISION, device)
+    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
     # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster without on AVX2.
     model.to(memory_format=torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format)
     keep_freed_memory()
@@ -796,11 +796,11 @@ def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recip
     """Return pixel accuracy and mean IoU of averaged weights, after giving their BatchNorms statistics of their own.
 
     In training no batch went through the averaged weights, so their running means and variances are those of other
-    weights. They are measured anew, on about ten batches of training images.
+    weights. They are measured anew, on at most ten batches of training images.
     """
     device = next(model.parameters()).device
     precision = pick_precision(recipe.PRECISION, device)
-    some = train_pets.images[:: max(1, len(train_pets.images) // (10 * recipe.BATCH_SIZE))]
+    some = train_pets.images[:: math.ceil(len(train_pets.images) / (10 * recipe.BATCH_SIZE))]
     batches = [batch for batch in some.split(recipe.BATCH_SIZE) if len(batch) == recipe.BATCH_SIZE]
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         update_bn((to_input(batch, device) for batch in batches), model)

@@ -44,7 +44,8 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock(output.with_name(".notebook.lock"))
-        call_papermill(["--log-output", str(notebook), str(draft), *options], draft)
+        once = "--no-request-save-on-cell-execute"  # twice a cell would take a tenth of the whole time
+        call_papermill(["--log-output", once, str(notebook), str(draft), *options], draft)
         exporter = HTMLExporter(template_file=str(PAGE), preprocessors=[CoalesceStreamsPreprocessor])
         text, _ = exporter.from_filename(str(draft))  # with one line for each progress bar
         write_atomically(page, lambda file: file.write(text.encode()))

@@ -1,24 +1,21 @@
 """Write files that survive a crash, read files that may be damaged, and keep a folder to one process.
 
 A file of its own, since nothing here is about segmentation; `petseg_utils` passes on what the notebooks use. Nothing
-else in this project writes a result or opens a file that `torch.save` wrote.
+else in this project writes a result. (Tensors have `tensor_files`, so that this loads without torch.)
 """
 
 import atexit
 import csv
 import hashlib
 import io
-import math
 import os
 import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from support.parameters import InputError, brief, reason
@@ -70,41 +67,6 @@ def git_name(path: Path) -> str:
     """Return git's name of a file's content: `git log --find-object=NAME` finds the commits that have it."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def save_tensors(path: Path, content: dict) -> None:
-    """Write a file for `load_tensors`: a zip archive, in which every part has a checksum."""
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def load_tensors(path: Path) -> dict:
-    """Read what `torch.save` wrote, compare its checksums, and run no code that it may hold. Errors: `InputError`."""
-    try:
-        data = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(data) as archive:
-            parts = archive.infolist()
-            size = sum(part.file_size for part in parts)  # more than there is in a bomb
-            marked = any(part.external_attr for part in parts)  # as folders, say, which torch takes for empty files
-            if size > len(data.getbuffer()) or marked or archive.testzip():
-                raise ValueError("a wrong size, mark or checksum, all of which torch would read past")
-        data.seek(0)
-        content = torch.load(data, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not finite(content):
-            raise ValueError("no dictionary, or one with numbers that are none")
-        return content
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}: name the folder of a run that has it.") from None
-    except Exception:  # zipfile and torch have two dozen ways to fail on a damaged file, most of them in many lines
-        raise InputError(f"{path} is damaged, or not of this project: train again.") from None
-
-
-def finite(value: object) -> bool:
-    """Return whether there is no NaN and no infinity in tensors and numbers, and containers of them."""
-    if isinstance(value, dict | list | tuple):
-        return all(map(finite, value.values() if isinstance(value, dict) else value))
-    if isinstance(value, torch.Tensor):
-        return bool(value.isfinite().all())
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def read_text(path: Path) -> str:
