@@ -214,8 +214,11 @@ def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
 # ------------------------------------------------------------------- grading
 
 
-def plan(folder: Path, module: Path, notebook: Path, criteria: list[Criterion]) -> list[Job]:
-    """Return the jobs that grade a hand-in in `folder`: one for every criterion, named by its folder."""
+def plan(threads: int, folder: Path, module: Path, notebook: Path, criteria: list[Criterion]) -> list[Job]:
+    """Return the jobs that grade a hand-in in `folder`: one for every criterion, named by its folder.
+
+    The last one, strict nbval, takes by far the longest, and may have `threads`.
+    """
     run, stored = folder / "run", folder / "stored"
     jobs = []
     if any(c.notebook for c in criteria):
@@ -226,7 +229,7 @@ def plan(folder: Path, module: Path, notebook: Path, criteria: list[Criterion]) 
     def work(c: Criterion, report: Callable[[dict], None]) -> None:
         own = stage(folder / c.id, ROOT / MODULE if c.notebook else module)
         if c.notebook:
-            os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
+            os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored), "OMP_NUM_THREADS": str(threads)}
             if not stored.exists():
                 stage(stored, module, notebook)
         run_pytest(own, [*c.tests, CANARY], report)
@@ -242,7 +245,8 @@ def attempt(hand_ins: list[tuple[Path, Path, list[Criterion]]], seconds: float) 
     own = {file.parent for hand_in in hand_ins for file in hand_in[:2]}  # and nobody may write to what is handed in
     with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
         folders = [Path(temporary).resolve() / str(number) for number in range(len(hand_ins))]
-        jobs = [plan(folder, *hand_in) for folder, hand_in in zip(folders, hand_ins, strict=True)]
+        threads = torch.get_num_threads() if len(hand_ins) == 1 else 1  # then no other job is left beside the last
+        jobs = [plan(threads, folder, *hand_in) for folder, hand_in in zip(folders, hand_ins, strict=True)]
         read_only = [ROOT, Path(sys.prefix).resolve(), *own]
         outcomes = run_jobs([job for some in jobs for job in some], read_only, min(4, os.cpu_count() or 1), seconds)
         return [{Path(job.name).name: outcomes[job.name] for job in some} for some in jobs]
