@@ -140,9 +140,12 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
 def start_workers(cluster: str, workers: int) -> Iterator[Client]:
     """Give a client of the scheduler at `cluster`, or of `workers` processes that end with it. Errors: `InputError`."""
     if not cluster:
-        # A worker that dies takes its run along; after three more deaths it is the run that is given up.
-        dask_config.set({"distributed.scheduler.allowed-failures": 3, "distributed.scheduler.worker-saturation": 1.0})
-        dask_config.set({"distributed.worker.profile.enabled": False})  # it takes 4 % of a core from each run
+        settings = {
+            "scheduler.allowed-failures": 3,  # a worker that dies takes its run along; after three more the run fails
+            "scheduler.worker-saturation": 1.0,
+            "worker.profile.enabled": False,  # it takes 4 % of a core from each run
+        }
+        dask_config.set({f"distributed.{name}": value for name, value in settings.items()})
         # Any free port for Dask's own page; no limit of memory, which the kernels need, not the workers.
         page = "127.0.0.1:0"
         options = {"threads_per_worker": 1, "dashboard_address": page, "memory_limit": 0, "silence_logs": 50}
