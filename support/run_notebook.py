@@ -44,6 +44,7 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock(output.with_name(".notebook.lock"))
+        draft.unlink(missing_ok=True)  # one that is left by an earlier run would be taken for this one's
         once = "--no-request-save-on-cell-execute"  # twice a cell would take a tenth of the whole time
         call_papermill(["--log-output", once, str(notebook), str(draft), *options], draft)
         exporter = HTMLExporter(template_file=str(PAGE), preprocessors=[CoalesceStreamsPreprocessor])

@@ -1297,8 +1297,11 @@ def test_finished_notebook_survives_a_run_that_fails(run_name):
     ("checkpoint.pt", signal.SIGINT), ("checkpoint.pt", signal.SIGKILL),
 ])  # fmt: skip
 def test_stopped_run_ends_in_one_sentence(run_name, moment, fault):
+    folder = pets.ROOT / "runs" / run_name
+    folder.mkdir(parents=True)
+    (folder / "unfinished.ipynb").write_text("of an earlier run")
     process = start(run_name, "EPOCHS 1000")
-    wait_for(pets.ROOT / "runs" / run_name / moment)
+    wait_for(folder / moment)
     if fault == signal.SIGINT:
         process.send_signal(fault)
     else:
@@ -1308,6 +1311,7 @@ def test_stopped_run_ends_in_one_sentence(run_name, moment, fault):
     assert process.returncode == 1
     told(errors.strip().splitlines()[-1], "stopped", "go on from" if moment == "checkpoint.pt" else "start again")
     assert "Traceback" not in errors
+    assert moment == ".notebook.lock" or not (folder / "unfinished.ipynb").exists()
     note(f"{fault.name} in make run", "one sentence")
 
 
