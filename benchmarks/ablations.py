@@ -19,15 +19,16 @@ GRIDS = {name: Path(__file__).with_name(f"{name}.json") for name in ("ablations"
 
 
 def make(data_dir: str, grid: str, cluster: str = "") -> int:
-    """Make the runs of a grid and the table of those that are complete; return 1 if one failed."""
+    """Make the runs of a grid and, once all are complete, the table that is kept; return 1 if one failed."""
     folder = os.path.relpath(pets.find_dataset(data_dir).parent, pets.ROOT)
     runs = {name: parameters | {"DATA_DIR": folder} for name, parameters in sweep.read_grid(GRIDS[grid]).items()}
     outcomes = sweep.make_runs(runs, cluster)
     print(sweep.report(outcomes))
-    complete = [f"runs/{one['run']}" for one in outcomes if one["outcome"] != "failed"]
-    if complete:
-        write_results(sweep.find_runs(" ".join(complete))[0], grid, GRIDS[grid].with_suffix(".csv"))
-    return int(len(complete) < len(runs))
+    if any(one["outcome"] == "failed" for one in outcomes):
+        return 1
+    folders = " ".join(f"runs/{one['run']}" for one in outcomes)
+    write_results(sweep.find_runs(folders)[0], grid, GRIDS[grid].with_suffix(".csv"))
+    return 0
 
 
 def write_results(runs: list[sweep.Run], grid: str, path: Path) -> None:
@@ -83,9 +84,10 @@ def main(data_dir: str = "", grid: str = "ablations", cluster: str = "") -> int:
         data_dir, grid = "", data_dir
     if grid not in GRIDS:
         raise pets.InputError(f"there is no grid {grid!r}: name {' or '.join(GRIDS)}.")
-    failed = make(data_dir, grid, cluster) if data_dir else 0
+    if data_dir and make(data_dir, grid, cluster):
+        return 1
     print(table(read_results(GRIDS[grid].with_suffix(".csv"))))
-    return failed
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import click
+import nbformat
 from filelock import Timeout
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
@@ -47,9 +48,11 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
         draft.unlink(missing_ok=True)  # one that is left by an earlier run would be taken for this one's
         once = "--no-request-save-on-cell-execute"  # twice a cell would take a tenth of the whole time
         call_papermill(["--log-output", once, str(notebook), str(draft), *options], draft)
-        exporter = HTMLExporter(template_file=str(PAGE), preprocessors=[CoalesceStreamsPreprocessor])
-        text, _ = exporter.from_filename(str(draft))  # with one line for each progress bar
+        executed = nbformat.read(draft, as_version=4)
+        tidy, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # of a progress bar, only its last state
+        text, _ = HTMLExporter(template_file=str(PAGE)).from_notebook_node(tidy)
         write_atomically(page, lambda file: file.write(text.encode()))
+        nbformat.write(tidy, draft)
         os.replace(draft, output)
     except Timeout:
         raise InputError(f"another run is writing to {output}: wait for it, or choose another NAME.") from None

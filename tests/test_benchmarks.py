@@ -86,6 +86,20 @@ def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
     assert again[1].recipe == template.recipe
 
 
+def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch, capsys):
+    (tmp_path / "oxford-iiit-pet").mkdir()
+    shutil.copy(ablations.GRIDS["ablations"], tmp_path)
+    table = tmp_path / "ablations.csv"
+    table.write_bytes((FOLDER / "ablations.csv").read_bytes())
+    outcomes = [{"run": KEPT.name, "outcome": "made", "why": ""}, {"run": "x", "outcome": "failed", "why": "no disk"}]
+    monkeypatch.setattr(ablations, "GRIDS", {"ablations": tmp_path / "ablations.json"})
+    monkeypatch.setattr(sweep, "make_runs", lambda runs, cluster: outcomes)
+    monkeypatch.setattr(sweep, "find_runs", lambda folders: ([], []))
+    assert ablations.main(str(tmp_path)) == 1
+    assert "failed x: no disk" in capsys.readouterr().out
+    assert table.read_bytes() == (FOLDER / "ablations.csv").read_bytes()
+
+
 def test_the_peer_trains_by_the_recipe_that_it_records(tiny_pets):
     recipe = peer.recipes()["AdamW"].but(IMAGE_SIZE=16, DEPTH=2, BASE_CHANNELS=4, BATCH_SIZE=4, EPOCHS=2)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 3, 1))

@@ -14,6 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import petseg_utils as pets
+from support import run_notebook
+from support.sweep import cut
 
 NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
 CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
@@ -47,7 +49,7 @@ def test_first_cell_shows_the_result_and_tells_it_truly():
     picture = (pets.ROOT / "figures" / "result.png").read_bytes()
     assert base64.b64decode(first.attachments["result.png"]["image/png"]) == picture
     assert first.source.index("attachment:result.png") < 200
-    accuracy = f"{100 * KEPT['test']['pixel_accuracy']:.1f} % of the pixels"
+    accuracy = f"{cut(100 * KEPT['test']['pixel_accuracy'], 1)} % of the pixels"
     sizes = KEPT["dataset"]
     assert all(words in first.source for words in (accuracy, f"{sizes['train']:,} photos", f"of {sizes['test']:,} new"))
 
@@ -315,6 +317,17 @@ def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_pat
     assert page.count('class="output_stream"') == 1
     assert "a warning" in page
     assert "epoch" not in page
+
+
+def test_a_run_stores_only_the_last_state_of_a_progress_bar(tmp_path, monkeypatch):
+    states = "epoch 1:  50%|##   |", "\repoch 1: 100%|####|", "\r          \r", "a warning"
+    outputs = [nbformat.v4.new_output("stream", name="stderr", text=state) for state in states]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("train()", outputs=outputs)])
+    monkeypatch.setattr(run_notebook, "call_papermill", lambda command, draft: nbformat.write(notebook, draft))
+    run_notebook.execute(tmp_path / "any.ipynb", tmp_path / "notebook.ipynb", [])
+    (cell,) = nbformat.read(tmp_path / "notebook.ipynb", as_version=4).cells
+    assert [output.text for output in cell.outputs] == ["a warning"]
+    assert not (tmp_path / "unfinished.ipynb").exists()
 
 
 def photo(*words: str) -> subprocess.CompletedProcess:
