@@ -158,3 +158,13 @@ def test_readme_tells_how_the_kept_run_went():
         f"88.1 % after {reached} of the epochs and {sum(seconds[:reached]) / 60:.1f} minutes",
     ):
         assert words in README
+
+
+def test_readme_quotes_the_same_recipe_with_another_seed():
+    other = json.loads((pets.ROOT / "benchmarks" / "second_seed.json").read_text())
+    differs = {name for name, value in other["parameters"].items() if value != RUN["parameters"][name]}
+    assert differs == {"SEED", "RUN_NAME"}
+    assert pets.scores(torch.tensor(other["test"]["confusion_matrix"])).items() <= other["test"].items()
+    test = other["test"]
+    got = f"{cut(100 * test['pixel_accuracy'], 2)} %, a mean IoU of {cut(test['mean_iou'], 3)}"
+    assert f"got {got} and {cut(test['iou']['border'], 3)} for the border" in README
