@@ -36,6 +36,7 @@ def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
     if len(names) != then.test.images:
         raise InputError(f"{folder} has {len(names)} test images, but {run} was scored on {then.test.images}.")
     test = pets.load_pets(folder, names, recipe.IMAGE_SIZE, "test images", mask_side=recipe.SCORE_SIZE)
+    pets.keep_freed_memory()  # this halves the time
     matrices = pets.evaluate(model.to(device), test, pets.pick_precision(recipe.PRECISION, device), flip=recipe.FLIP)
     now = pets.scores(matrices.sum(0))
     for name in ("pixel_accuracy", "mean_iou"):
