@@ -52,8 +52,8 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
         tidy, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # of a progress bar, only its last state
         text, _ = HTMLExporter(template_file=str(PAGE)).from_notebook_node(tidy)
         write_atomically(page, lambda file: file.write(text.encode()))
-        nbformat.write(tidy, draft)
-        os.replace(draft, output)
+        write_atomically(output, lambda file: file.write(nbformat.writes(tidy).encode()))
+        draft.unlink()
     except Timeout:
         raise InputError(f"another run is writing to {output}: wait for it, or choose another NAME.") from None
     except OSError as error:
