@@ -80,7 +80,7 @@ class Recipe(Parameters):
     WEIGHT_DECAY: float = Field(0.01, ge=0, le=1, description="how much each step shrinks the weights")
     DICE_WEIGHT: float = Field(0.5, ge=0, le=100, description="weight of the Dice loss beside cross-entropy")
     AVERAGE: bool = Field(True, description="keep a moving average of the weights; False keeps the last ones")
-    AUGMENT: bool = Field(True, description="flip, move and recolour the training images")
+    AUGMENT: float = Field(1.0, ge=0, le=1, description="how much to move and recolour training images; 0 for none")
     FLIP: bool = Field(False, description="average the predictions for an image and its mirror image")
     SEED: int = Field(0, ge=0, lt=2**31, description="of weights, held-out images, batches and augmentation")
     DEVICE: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description='"auto", "cpu", "cuda" or "mps"')
@@ -274,15 +274,15 @@ def load_pets(
     return Pets(names, images, masks, folder)
 
 
-def augment(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
     """Flip, move and recolour each image and move its mask along, by torch's global random generator.
 
-    Pixels from outside the photo become grey, their label `IGNORE`; shapes and dtypes stay.
+    `strength` scales moves and colours. Pixels from outside the photo are grey, labelled `IGNORE`; shapes, dtypes stay.
     """
     fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
-    move = v2.RandomAffine(10, (0.05, 0.05), (0.8, 1.25), interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
-    recolour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
-    transform = v2.Compose([v2.RandomHorizontalFlip(), move, recolour])
+    turn, shift, zoom = 10 * strength, 0.05 * strength, (1 - 0.2 * strength, 1 + 0.25 * strength)
+    move = v2.RandomAffine(turn, (shift, shift), zoom, interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
+    transform = v2.Compose([v2.RandomHorizontalFlip(), move, v2.ColorJitter(*[0.2 * strength] * 3)])
     # A plain tensor beside an image would pass through untouched: only a tv_tensors.Mask moves along, by nearest.
     pairs = [transform(tv_tensors.Image(i), tv_tensors.Mask(m)) for i, m in zip(images, masks, strict=True)]
     return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
@@ -777,7 +777,7 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
             break  # a smaller batch would upset BatchNorm
         images, masks = pets.images[batch], pets.masks[batch]  # (B, 3, N, N), (B, N, N)
         if recipe.AUGMENT:
-            images, masks = augment(images, masks)
+            images, masks = augment(images, masks, recipe.AUGMENT)
         logits = run_model(model, images, precision)  # (B, K, N, N)
         loss = segmentation_loss(logits, masks.to(logits.device).long(), recipe.DICE_WEIGHT)
         optimizer.zero_grad()

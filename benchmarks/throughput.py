@@ -102,10 +102,10 @@ def step_of(
     return steps
 
 
-def epoch(side: int, batch: int, width: int, images: int, augmented: bool) -> Callable[[], float]:
+def epoch(side: int, batch: int, width: int, images: int, augment: float) -> Callable[[], float]:
     """Return an epoch of `pets.train_epoch`, with AdamW like the steps."""
     training, data, bar = start_training(width), random_pets(images, side), tqdm(disable=True)
-    recipe = pets.Recipe(IMAGE_SIZE=side, BASE_CHANNELS=width, BATCH_SIZE=batch, MUON=False, AUGMENT=augmented)
+    recipe = pets.Recipe(IMAGE_SIZE=side, BASE_CHANNELS=width, BATCH_SIZE=batch, MUON=False, AUGMENT=augment)
     return lambda: pets.train_epoch(training, data, recipe, bar)
 
 
@@ -120,7 +120,7 @@ HEADLINE = {  # what is measured: whether freed memory is kept, and what makes t
     "memory not kept": (False, lambda: fast_step(SIDE, BATCH, WIDTH)),
     "step": (True, lambda: fast_step(SIDE, BATCH, WIDTH)),
     "with Muon": (True, lambda: fast_step(SIDE, BATCH, WIDTH, muon=True)),
-    "loop": (True, lambda: epoch(SIDE, BATCH, WIDTH, STEPS * BATCH, augmented=True)),
+    "loop": (True, lambda: epoch(SIDE, BATCH, WIDTH, STEPS * BATCH, augment=1.0)),
 }
 WORK: list[Callable[[], object]] = []  # of this process, if it is one of those below
 
@@ -180,7 +180,7 @@ def growth() -> dict[str, dict]:
     def grow(sizes: list[int], *names: str) -> dict:
         """Let what `names` names grow along `sizes`."""
         still = {"side": 64, "batch": 8, "width": 32, "images": 8}
-        epochs = [epoch(**still | dict.fromkeys(names, size), augmented=False) for size in sizes]
+        epochs = [epoch(**still | dict.fromkeys(names, size), augment=0.0) for size in sizes]
         seconds = least_seconds(f"cost by {names[0]}", *(partial(seconds_of, one) for one in epochs))
         slope = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)[0]  # the smallest is mostly overhead
         return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}

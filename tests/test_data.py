@@ -452,6 +452,18 @@ def test_pixels_from_outside_the_photo_are_grey_and_ignored(augmented):
     assert torch.equal(grey[away_from_edges(masks)], (masks == IGNORE)[away_from_edges(masks)])
 
 
+def test_strength_scales_moves_and_colours(painted):
+    outside, recoloured = [], []
+    for strength in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        images, masks = augment(*painted, strength)
+        outside.append((masks == IGNORE).double().mean().item())
+        recoloured.append((images.amax((1, 2, 3)).double() - 200).abs().mean().item())
+    assert outside[0] == recoloured[0] == 0
+    assert 0.3 < outside[1] / outside[2] < 0.7
+    assert 0.3 < recoloured[1] / recoloured[2] < 0.7
+
+
 def test_about_half_of_the_images_are_mirrored():
     masks = torch.zeros(60, 32, 32, dtype=torch.uint8)
     masks[..., 16:] = 1

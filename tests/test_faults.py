@@ -1017,8 +1017,9 @@ SMALL = {
     "EPOCHS": st.integers(0, 3), "BATCH_SIZE": st.integers(1, 9),
     "SMALL_EPOCHS": st.sampled_from(["", "1 at 8", "1 at 16", "1 at 8, 1 at 16"]),
     "LEARNING_RATE": LIKELY["float"], "WEIGHT_DECAY": LIKELY["float"], "DICE_WEIGHT": LIKELY["float"],
+    "AUGMENT": LIKELY["float"],
     "NORMS": st.integers(1, 2), "SCORE_SIZE": st.sampled_from([0, 7, 8, 33, 100]), "SEED": st.integers(-1, 2**31),
-    **{name: st.booleans() for name in ("SKIPS", "MUON", "LINEAR_DECAY", "AVERAGE", "AUGMENT", "FLIP")},
+    **{name: st.booleans() for name in ("SKIPS", "MUON", "LINEAR_DECAY", "AVERAGE", "FLIP")},
 }  # fmt: skip
 bounded = settings(max_examples=EXAMPLES, deadline=10_000, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -1143,7 +1144,7 @@ def test_memory_that_runs_out_is_told(what, intact, monkeypatch):
     side, names = 512, pets.read_split(intact, "test") * 500
     images, masks = torch.zeros(48, 3, side, side, dtype=torch.uint8), torch.zeros(48, side, side, dtype=torch.uint8)
     some = pets.Pets(names[:48], images, masks)
-    recipe = Recipe(IMAGE_SIZE=side, BATCH_SIZE=48, EPOCHS=1, AUGMENT=False)
+    recipe = Recipe(IMAGE_SIZE=side, BATCH_SIZE=48, EPOCHS=1, AUGMENT=0.0)
     acts = {
         "train": lambda: train(UNet(16, 5), some, some, recipe),
         "evaluate": lambda: pets.evaluate(UNet(16, 5), some, torch.float32),

@@ -39,7 +39,7 @@ from petseg_utils import (
 RECIPE = Recipe(  # of 8 images: 2 steps an epoch
     IMAGE_SIZE=16, BASE_CHANNELS=2, DEPTH=2, EPOCHS=3, BATCH_SIZE=3, LEARNING_RATE=0.01, SEED=1, PRECISION="float32"
 )
-LEARNING = RECIPE.but(BASE_CHANNELS=4, EPOCHS=40, BATCH_SIZE=4, LEARNING_RATE=0.03, AUGMENT=False)
+LEARNING = RECIPE.but(BASE_CHANNELS=4, EPOCHS=40, BATCH_SIZE=4, LEARNING_RATE=0.03, AUGMENT=0.0)
 FLOAT32 = torch.float32
 
 
@@ -139,7 +139,7 @@ def test_model_ends_with_the_weights_that_the_last_row_scored(pets):
     assert (result["pixel_accuracy"], result["mean_iou"]) == (last["valid_pixel_accuracy"], last["valid_mean_iou"])
 
 
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("augment", [1.0, 0.0])
 def test_same_seed_gives_the_same_result_and_another_does_not(pets, augment):
     runs = []
     for seed in (1, 1, 2):
@@ -153,16 +153,16 @@ def test_same_seed_gives_the_same_result_and_another_does_not(pets, augment):
 
 def test_augmentation_can_be_switched_off(pets, monkeypatch):
     called = []
-    monkeypatch.setattr(petseg_utils, "augment", lambda *pair: called.append(pair) or pair)
-    train(new_model(), pets, pets, RECIPE.but(AUGMENT=False))
+    monkeypatch.setattr(petseg_utils, "augment", lambda *given: called.append(given[2]) or given[:2])
+    train(new_model(), pets, pets, RECIPE.but(AUGMENT=0.0))
     assert not called
-    train(new_model(), pets, pets, RECIPE)
-    assert len(called) == 6
+    train(new_model(), pets, pets, RECIPE.but(AUGMENT=0.5))
+    assert called == [0.5] * 6
 
 
 def test_one_epoch_shows_every_image_once(pets, monkeypatch):
     seen = []
-    monkeypatch.setattr(petseg_utils, "augment", lambda *pair: seen.append(pair[0]) or pair)
+    monkeypatch.setattr(petseg_utils, "augment", lambda *given: seen.append(given[0]) or given[:2])
     train(new_model(), pets, pets, RECIPE.but(EPOCHS=1, BATCH_SIZE=2))
     shown = [bytes(image.contiguous().numpy()) for images in seen for image in images]
     assert sorted(shown) == sorted(bytes(image.numpy()) for image in pets.images)
@@ -174,8 +174,8 @@ def test_single_step_is_enough(pets):
 
 def test_bfloat16_trains_and_leaves_the_weights_in_float32(pets):
     model = new_model()
-    rounded = train(model, pets, pets, RECIPE.but(AUGMENT=False, PRECISION="bfloat16"))
-    exact = train(new_model(), pets, pets, RECIPE.but(AUGMENT=False))
+    rounded = train(model, pets, pets, RECIPE.but(AUGMENT=0.0, PRECISION="bfloat16"))
+    exact = train(new_model(), pets, pets, RECIPE.but(AUGMENT=0.0))
     assert {parameter.dtype for parameter in model.parameters()} == {FLOAT32}
     assert rounded[-1]["train_loss"] == pytest.approx(exact[-1]["train_loss"], rel=0.05)
     assert rounded[-1]["train_loss"] != exact[-1]["train_loss"]
@@ -231,7 +231,7 @@ def test_with_everything_switched_off_it_is_the_plainest_loop(pets):
     """The oracle is PyTorch's Adam, over the same batches, with cross-entropy alone."""
     plain = {"MUON": False, "LINEAR_DECAY": False, "WEIGHT_DECAY": 0.0, "DICE_WEIGHT": 0.0, "AVERAGE": False}
     trained = new_model()
-    train(trained, pets, pets, RECIPE.but(**plain, AUGMENT=False))
+    train(trained, pets, pets, RECIPE.but(**plain, AUGMENT=0.0))
 
     model = new_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE.LEARNING_RATE)
@@ -561,7 +561,7 @@ OTHERS = {
     "WEIGHT_DECAY": 0.0,
     "DICE_WEIGHT": 0.0,
     "AVERAGE": False,
-    "AUGMENT": False,
+    "AUGMENT": 0.0,
     "SEED": 2,
     "PRECISION": "bfloat16",
 }
