@@ -305,7 +305,7 @@ def test_learning_rate_rises_and_sinks_once(pets):
     assert constant == [0.01] * 6, f"expected a constant rate without LINEAR_DECAY, found {constant}"
 
 
-def test_augmentation_can_be_switched_off(pets):
+def test_augmentation_is_a_switch(pets):
     for augment in (0.5, 0.0):
         model = new_model()
         passes = watch(model)
