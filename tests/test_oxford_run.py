@@ -71,7 +71,7 @@ def gain() -> float:
 def test_kept_run_was_scored_with_flipping():
     assert RECIPE.FLIP
     # Rounded to 0.01, and predicted anew: in bfloat16 a few labels may differ from those of the history.
-    assert float(shown(r"Flipping changes .+ by (\S+) percent")[0]) == pytest.approx(gain(), abs=0.007)
+    assert float(shown(r"Flipping changes .+ by (\S+) percent")[0]) == pytest.approx(gain(), abs=0.006)
 
 
 # ------------------------------------------------------------------- metrics, history, weights
