@@ -29,7 +29,7 @@ KEPT = NOTEBOOKS / "oxford_run"
 def pick_by_rank(counts: dict[str, np.ndarray]) -> dict[str, str]:
     """Return the test images whose mean IoU is better than so many per cent of all, by what to call them.
 
-    Images whose mask is all background are left out: there a pet was forgotten, and no net can be right.
+    Images whose mask is all background are left out: there a pet was forgotten, and a net that finds it looks wrong.
     """
     matrices = {name: torch.from_numpy(nine).view(len(pets.CLASSES), -1) for name, nine in counts.items()}
     whole = {name: matrix for name, matrix in matrices.items() if matrix[0].any() or matrix[2].any()}

@@ -372,6 +372,13 @@ MODULE_FAULTS = (
         why="of the net returned",
     ),
     fault("switches", "augmentation always", "        if recipe.AUGMENT:\n", "        if True:\n"),
+    fault(
+        "switches",
+        "augmentation at full strength",
+        "augment(images, masks, recipe.AUGMENT)",
+        "augment(images, masks)",
+        why="AUGMENT 0.001",
+    ),
     fault("small-sides", "small epochs ignored", "        if side == recipe.IMAGE_SIZE:\n", "        if True:\n"),
     fault(
         "small-sides",

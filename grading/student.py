@@ -24,7 +24,8 @@ TO_WRITE = {  # by name, in the order in which it can be solved
     "segmentation_loss": "add cross-entropy and Dice loss, both without the pixels that are IGNORE",
     "predict": "in batches: logits by run_model, resized to `size`, softmax, and its maximum over the classes",
     "evaluate": "predict batch by batch at the masks' side, and count a confusion matrix for each image",
-    "train_epoch": "in random full batches: augment, run_model, loss, backward, step, schedule, average",
+    "train_epoch": "in random full batches: augment, as strongly as AUGMENT says, run_model, loss, backward, step, "
+    "schedule, average",
 }
 OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules at the top
 CHECK = ("grading/grade.py", "grading/sandbox.py", "grading/canary.py", "tests/conftest.py", "tests/test_scores.py")
@@ -100,7 +101,7 @@ def write_edition(folder: Path) -> None:
     todo = "\n".join(f"{number}. `{name}`: {what}." for number, (name, what) in enumerate(TO_WRITE.items(), 1))
     (folder / "README.md").write_text(
         "# Your task: a U-Net for the Oxford-IIIT Pets\n\nOpen the notebook with `make lab` and read. Where it stops, "
-        f"write the function of `petseg_utils.py` that it names:\n\n{todo}\n\n`make check` tells your points, with "
+        f"write the function of `petseg_utils.py` that it names:\n\n{todo}\n\n`make check` shows your points, with "
         "hints. Hand in `petseg_utils.py` and the notebook, run from top to bottom.\n"
     )
 

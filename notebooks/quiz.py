@@ -4,6 +4,7 @@ A file of its own, so that the notebook does not show the answers beside the que
 """
 
 from collections.abc import Callable
+from numbers import Number
 
 import numpy as np
 import petseg_utils as pets
@@ -25,6 +26,8 @@ def check(number: int, answer: object) -> None:
 
 def compare(answer: object, truth: object, mistakes: dict, otherwise: str) -> str:
     """Return a sentence on an answer: right, one of the well-known mistakes, or something else."""
+    if not isinstance(answer, Number | str):
+        return f"not yet: the answer is one number or word, not a {type(answer).__name__}"
     if isinstance(answer, str):
         answer = answer.strip().lower()
     if answer == truth:

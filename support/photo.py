@@ -38,4 +38,4 @@ def main(path: str) -> None:
         image = Image.fromarray((255 * picture).round().astype(np.uint8))
         pets.write_atomically(file, lambda out, image=image: image.save(out, format="png"))
         print(f"wrote {file.relative_to(pets.ROOT)}")
-    print(f"{(labels == pets.CLASSES.index('pet')).double().mean():.0%} of the photo are pet")
+    print(f"{(labels == pets.CLASSES.index('pet')).double().mean():.0%} of the photo is pet")

@@ -402,11 +402,11 @@ def interrupt(monkeypatch, after: int) -> None:
     steps = iter(range(after))
     augment = pets.augment
 
-    def stop(*pair):
+    def stop(*given):
         if next(steps, None) is None:
             monkeypatch.setattr(pets, "augment", augment)
             raise KeyboardInterrupt
-        return augment(*pair)
+        return augment(*given)
 
     monkeypatch.setattr(pets, "augment", stop)
 

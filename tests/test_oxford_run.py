@@ -154,7 +154,7 @@ def test_readme_tells_how_the_kept_run_went():
         f"{RUN['dataset']['train']:,} images were trained on",
         f"{RUN['dataset']['valid']} of the trainval split",
         f"{sum(seconds) / 60:.0f} minutes on two cores",
-        f"gains {gain():.2f} points on the held-out images",
+        f"gains {cut(gain(), 2)} points on the held-out images",
         f"88.1 % after {reached} of the epochs and {sum(seconds[:reached]) / 60:.1f} minutes",
     ):
         assert words in README

@@ -315,6 +315,18 @@ def test_augmentation_is_a_switch(pets):
         assert plain != bool(augment), f"expected images {'changed' if augment else 'as they are'}, found the opposite"
 
 
+def test_augmentation_is_as_strong_as_the_recipe_says(pets):
+    """At a thousandth of its strength hardly anything is left of it but flips, which have no strength."""
+    model = new_model()
+    passes = watch(model)
+    train(model, pets, pets, RECIPE.but(AUGMENT=0.001))
+    inputs = as_input(pets.images)
+    known = torch.cat([inputs, inputs.flip(-1)])
+    shown = torch.cat([images for images, _ in passes])
+    off = (shown[:, None] - known).abs().mean((2, 3, 4)).amin(1).max().item()
+    assert off < 0.1, f"expected images nearly as they are with AUGMENT 0.001, found them {off:.2f} off on average"
+
+
 def test_small_epochs_train_at_smaller_sides(pets):
     model = new_model()
     passes = watch(model)

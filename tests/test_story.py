@@ -213,6 +213,8 @@ WRONG = [
     (7, 128, "not learned"),
     (8, 5, "half a cell"),
     (8, "deep", "compare the receptive field"),
+    (1, [512], "one number or word, not a list"),
+    (6, torch.zeros(2), "one number or word, not a Tensor"),
 ]
 
 
