@@ -56,6 +56,14 @@ def test_the_kept_runs_are_all_those_of_the_grid(grid):
 
 
 @pytest.mark.parametrize("grid", ablations.GRIDS)
+def test_the_kept_runs_of_a_change_repeat_one_recipe(grid):
+    kept, _ = sweep.find_runs(f"benchmarks/{grid}.csv")
+    (rows,) = sweep.group_runs(kept).values()
+    grouped = sorted([run.name for run in row.runs] for row in rows)
+    assert grouped == sorted([f"{row.name}_seed_0", f"{row.name}_seed_1"] for row in rows)
+
+
+@pytest.mark.parametrize("grid", ablations.GRIDS)
 def test_a_gain_lies_within_its_interval_and_a_rows_scores_are_means_of_its_seeds(grid):
     kept = ablations.read_results(FOLDER / f"{grid}.csv")
     rows = [line.split("|")[1:-1] for line in ablations.table(kept).splitlines()[2:]]
