@@ -42,8 +42,8 @@ def execute(folder: Path, report: Callable[[dict], None]) -> None:
     notebook.cells.insert(0, nbformat.v4.new_code_cell(spy))
     nbformat.write(notebook, "notebooks/clean.ipynb")
     try:
-        once = {"progress_bar": False, "request_save_on_cell_execute": False}  # written once, at its end
-        execute_notebook("notebooks/clean.ipynb", "executed.ipynb", PARAMETERS, **once)
+        # Papermill writes it after each cell, so one that ends the kernel still leaves the cells before it.
+        execute_notebook("notebooks/clean.ipynb", "executed.ipynb", PARAMETERS, progress_bar=False)
     except PapermillExecutionError as error:
         report({"error": f"{error.ename}: {error.evalue}"})
     cells = nbformat.read("executed.ipynb", as_version=4).cells

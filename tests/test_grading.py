@@ -19,7 +19,9 @@ from xml.etree import ElementTree
 import nbformat
 import psutil
 import pytest
+from nbclient.exceptions import DeadKernelError
 
+from grading import notebook as grader
 from grading import test_notebook as notebook_criteria
 from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS, OUTPUT_FAULTS
 from grading.student import TO_WRITE, without_bodies, write_edition
@@ -220,6 +222,26 @@ def test_stored_outputs_fail_with_the_reason(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(notebook_criteria, "STORED", tmp_path)
     with pytest.raises(AssertionError, match=re.escape(fault.why)) if fault else nullcontext():
         notebook_criteria.test_stored_outputs_reproduce()
+
+
+def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
+    sources = ("", "1 + 1", "import os; os._exit(0)", "2 + 2")
+    cells = [nbformat.v4.new_code_cell(text) for text in sources]
+    cells[0].metadata["tags"] = ["parameters"]
+    for name in ("notebooks", "support", "grading"):
+        (tmp_path / name).mkdir()
+    python = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=python)
+    nbformat.write(notebook, tmp_path / "notebooks" / "pet_segmentation.ipynb")
+    shutil.copy(ROOT / "support" / "sample_pets.py", tmp_path / "support")
+    (tmp_path / "grading" / "spy.py").touch()
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DeadKernelError):
+        grader.execute(tmp_path, [].append)
+    monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
+    with pytest.raises(AssertionError, match="every cell to be executed, found code cell 3 that was not"):
+        notebook_criteria.test_notebook_runs_to_its_end()
 
 
 # ------------------------------------------------------------------- the student edition
