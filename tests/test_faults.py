@@ -1301,6 +1301,7 @@ def test_stopped_run_ends_in_one_sentence(run_name, moment, fault):
     folder = pets.ROOT / "runs" / run_name
     folder.mkdir(parents=True)
     (folder / "unfinished.ipynb").write_text("of an earlier run")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     process = start(run_name, "EPOCHS 1000")
     wait_for(folder / moment)
     if fault == signal.SIGINT:
