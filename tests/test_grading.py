@@ -67,6 +67,13 @@ def test_rubric_has_a_hundred_points_and_every_criterion_a_sentence():
     assert all(row["hint"] for row in OF_MODULE)
 
 
+def test_grader_names_the_test_that_the_rubric_has_and_nobody_wrote():
+    tests = [OF_MODULE[0]["tests"][0], "tests/test_scores.py::test_nothing"]
+    program = f"from grading.grade import *; prepare(); expected_tests([Criterion('a', 1, '', {tests})])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "rubric.toml names tests/test_scores.py::test_nothing, which is not there."
+
+
 def test_every_criterion_has_a_mutant_and_mutants_are_many():
     faults = (*MODULE_FAULTS, *NOTEBOOK_FAULTS, *OUTPUT_FAULTS)
     variants = (*MODULE_HARMLESS, *NOTEBOOK_HARMLESS)
