@@ -232,17 +232,15 @@ def test_stored_outputs_fail_with_the_reason(tmp_path, monkeypatch, fault):
 
 
 def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
-    sources = ("", "1 + 1", "import os; os._exit(0)", "2 + 2")
-    cells = [nbformat.v4.new_code_cell(text) for text in sources]
-    cells[0].metadata["tags"] = ["parameters"]
+    notebook = small_notebook()
+    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    notebook.cells[2].source = "import os; os._exit(0)"
     for name in ("notebooks", "support", "grading"):
         (tmp_path / name).mkdir()
-    python = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=python)
     nbformat.write(notebook, tmp_path / "notebooks" / "pet_segmentation.ipynb")
     shutil.copy(ROOT / "support" / "sample_pets.py", tmp_path / "support")
     (tmp_path / "grading" / "spy.py").touch()
-    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", "")  # the grader sets it: so it is put back
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DeadKernelError):
         grader.execute(tmp_path, [].append)
