@@ -13,7 +13,9 @@ def pytest_configure(config):
     sys.path.insert(0, str(ROOT))
     if hasattr(config.option, "nbval_cell_timeout"):
         config.option.nbval_cell_timeout = 600  # seconds
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
 
 
 def pytest_collectstart(collector):

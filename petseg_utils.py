@@ -1,8 +1,10 @@
-"""Pet segmentation with a U-Net: the model and every helper that the notebooks import, in the order data flows.
+"""Pet segmentation with a U-Net: the model and every helper that the notebooks import, in the order
+data flows.
 
-Sections: recipe, data, model, shapes, scores, run folder, training. Each uses only what stands above it. Letters:
-B images, N the side of the square images in pixels, b base channels, K = 3 classes. Images are (B, 3, N, N) uint8;
-masks are (B, N, N) uint8 labels, each an index into `CLASSES`, or `IGNORE`.
+Sections: recipe, data, model, shapes, scores, run folder, training. Each uses only what stands
+above it. Letters: B images, N the side of the square images in pixels, b base channels, K = 3
+classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each an index into
+`CLASSES`, or `IGNORE`.
 """
 
 import csv
@@ -34,13 +36,21 @@ from torchvision.datasets import OxfordIIITPet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# Files of their own, which nobody has to read to learn about segmentation; what they offer is passed on.
-from support.machine import check_memory, keep_freed_memory, memory_told, pick_device, pick_precision, room_for  # noqa: F401
+# Files of their own, which nobody has to read to learn about segmentation; what they offer is
+# passed on.
+from support.machine import (
+    check_memory,
+    keep_freed_memory,
+    memory_told,
+    pick_device,
+    pick_precision,
+    room_for,
+)
 from support.muon import Muon
 from support.parameters import InputError, Parameters, brief, check_folder_name, reason
-from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet  # noqa: F401
+from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet
 from support.safe_files import git_name, own_folder, read_names, write_atomically, write_csv
-from support.sample_pets import draw_sample_pets  # noqa: F401
+from support.sample_pets import draw_sample_pets
 from support.tensor_files import load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parent
@@ -48,7 +58,7 @@ CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shift
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
 
 
-# --------------------------------------------------------------------------------------------------- recipe
+# ------------------------------------------------------------------------------------------- recipe
 
 
 class Recipe(Parameters):
@@ -57,34 +67,74 @@ class Recipe(Parameters):
     # These say where a run reads, computes and writes, not what it trains.
     PLACES: ClassVar[set[str]] = {"DATA_DIR", "DOWNLOAD", "DEVICE", "PHOTO", "RUN_NAME", "RESUME"}
 
-    DATASET: Literal["sample", "oxford"] = Field("sample", description='"sample" (drawn here) or the real "oxford"')
-    DATA_DIR: str = Field("data", min_length=1, description="folder with oxford-iiit-pet, from the project's root")
-    IMAGE_SIZE: int = Field(64, ge=8, le=1024, description="side of the images in pixels; divisible by 2**DEPTH")
-    BASE_CHANNELS: int = Field(16, ge=1, le=256, description="channels of the first level (the course's net has 32)")
+    DATASET: Literal["sample", "oxford"] = Field(
+        "sample", description='"sample" (drawn here) or the real "oxford"'
+    )
+    DATA_DIR: str = Field(
+        "data", min_length=1, description="folder with oxford-iiit-pet, from the project's root"
+    )
+    IMAGE_SIZE: int = Field(
+        64, ge=8, le=1024, description="side of the images in pixels; divisible by 2**DEPTH"
+    )
+    BASE_CHANNELS: int = Field(
+        16, ge=1, le=256, description="channels of the first level (the course's net has 32)"
+    )
     EPOCHS: int = Field(6, ge=1, le=1000, description="passes over the training images")
-    LEARNING_RATE: float = Field(1e-2, gt=0, le=1, description="its peak, or the rate itself without LINEAR_DECAY")
-    PHOTO: str = Field("", description='image file to try the net on; "" takes the one that scikit-image ships')
-    RUN_NAME: str = Field("default", description="results go to runs/RUN_NAME; with papermill, its output's folder")
+    LEARNING_RATE: float = Field(
+        1e-2, gt=0, le=1, description="its peak, or the rate itself without LINEAR_DECAY"
+    )
+    PHOTO: str = Field(
+        "", description='image file to try the net on; "" takes the one that scikit-image ships'
+    )
+    RUN_NAME: str = Field(
+        "default", description="results go to runs/RUN_NAME; with papermill, its output's folder"
+    )
 
-    DOWNLOAD: bool = Field(False, description="download the real dataset (about 800 MB) into DATA_DIR")
+    DOWNLOAD: bool = Field(
+        False, description="download the real dataset (about 800 MB) into DATA_DIR"
+    )
     LIMIT: int = Field(0, ge=0, description="use only this many images of each split; 0 uses all")
-    SCORE_SIZE: int = Field(0, ge=0, le=1024, description="side of the masks that are scored; 0 takes IMAGE_SIZE")
-    MASK_RESIZE: Literal["nearest", "bilinear"] = Field("nearest", description='"nearest" or, a mistake, "bilinear"')
+    SCORE_SIZE: int = Field(
+        0, ge=0, le=1024, description="side of the masks that are scored; 0 takes IMAGE_SIZE"
+    )
+    MASK_RESIZE: Literal["nearest", "bilinear"] = Field(
+        "nearest", description='"nearest" or, a mistake, "bilinear"'
+    )
     DEPTH: int = Field(5, ge=2, le=7, description="levels down, and up again")
     NORMS: int = Field(2, ge=1, le=2, description="BatchNorms in each conv_plus_conv")
     SKIPS: bool = Field(True, description="False replaces what the skip connections carry by zeros")
-    SMALL_EPOCHS: str = Field("", description='first EPOCHS, at smaller sides, like "2 at 64, 3 at 128"; "" for none')
+    SMALL_EPOCHS: str = Field(
+        "", description='first EPOCHS, at smaller sides, like "2 at 64, 3 at 128"; "" for none'
+    )
     BATCH_SIZE: int = Field(16, ge=2, le=1024, description="images in one training step")
     MUON: bool = Field(True, description="train with Muon; False trains with AdamW")
-    LINEAR_DECAY: bool = Field(True, description="warm the rate up, then let it fall to 0; False keeps it constant")
-    WEIGHT_DECAY: float = Field(0.01, ge=0, le=1, description="how much each step shrinks the weights")
-    DICE_WEIGHT: float = Field(0.5, ge=0, le=100, description="weight of the Dice loss beside cross-entropy")
-    AVERAGE: bool = Field(True, description="keep a moving average of the weights; False keeps the last ones")
-    AUGMENT: float = Field(1.0, ge=0, le=1, description="how much to move and recolour training images; 0 for none")
-    FLIP: bool = Field(False, description="average the predictions for an image and its mirror image")
-    SEED: int = Field(0, ge=0, lt=2**31, description="of weights, held-out images, batches and augmentation")
-    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description='"auto", "cpu", "cuda" or "mps"')
-    PRECISION: Literal["auto", "float32", "bfloat16"] = Field("auto", description='"auto", "float32" or "bfloat16"')
+    LINEAR_DECAY: bool = Field(
+        True, description="warm the rate up, then let it fall to 0; False keeps it constant"
+    )
+    WEIGHT_DECAY: float = Field(
+        0.01, ge=0, le=1, description="how much each step shrinks the weights"
+    )
+    DICE_WEIGHT: float = Field(
+        0.5, ge=0, le=100, description="weight of the Dice loss beside cross-entropy"
+    )
+    AVERAGE: bool = Field(
+        True, description="keep a moving average of the weights; False keeps the last ones"
+    )
+    AUGMENT: float = Field(
+        1.0, ge=0, le=1, description="how much to move and recolour training images; 0 for none"
+    )
+    FLIP: bool = Field(
+        False, description="average the predictions for an image and its mirror image"
+    )
+    SEED: int = Field(
+        0, ge=0, lt=2**31, description="of weights, held-out images, batches and augmentation"
+    )
+    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description='"auto", "cpu", "cuda" or "mps"'
+    )
+    PRECISION: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description='"auto", "float32" or "bfloat16"'
+    )
     RESUME: bool = Field(False, description="go on from the run's checkpoint, if there is one")
 
     @model_validator(mode="after")
@@ -93,10 +143,15 @@ class Recipe(Parameters):
         check_folder_name(self.RUN_NAME, "RUN_NAME")
         for name, least in (("LIMIT", 50), ("SCORE_SIZE", 8)):
             if 0 < getattr(self, name) < least:
-                raise InputError(f"{name} should be 0 or at least {least}, not {getattr(self, name)}.")
+                raise InputError(
+                    f"{name} should be 0 or at least {least}, not {getattr(self, name)}."
+                )
         for side in {*self.small_sides, self.IMAGE_SIZE}:
             check_side(side, self.DEPTH)
-        if len(self.small_sides) >= self.EPOCHS or max(self.small_sides, default=0) > self.IMAGE_SIZE:
+        if (
+            len(self.small_sides) >= self.EPOCHS
+            or max(self.small_sides, default=0) > self.IMAGE_SIZE
+        ):
             wanted = f"name fewer epochs than {self.EPOCHS}, at sides up to {self.IMAGE_SIZE}"
             why = "the last epochs train at IMAGE_SIZE, which is scored"
             raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}: {why}.")
@@ -105,9 +160,14 @@ class Recipe(Parameters):
     @property
     def small_sides(self) -> list[int]:
         """The side of the images in each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
-        parts = [re.fullmatch(r"([1-9]\d{0,2}) at ([1-9]\d{0,3})", part) for part in self.SMALL_EPOCHS.split(", ")]
+        parts = [
+            re.fullmatch(r"([1-9]\d{0,2}) at ([1-9]\d{0,3})", part)
+            for part in self.SMALL_EPOCHS.split(", ")
+        ]
         if self.SMALL_EPOCHS and not all(parts):
-            raise InputError(f'SMALL_EPOCHS should be like "2 at 64, 3 at 128", not {brief(self.SMALL_EPOCHS)}.')
+            raise InputError(
+                f'SMALL_EPOCHS should be like "2 at 64, 3 at 128", not {brief(self.SMALL_EPOCHS)}.'
+            )
         return [int(part[2]) for part in parts if part for _ in range(int(part[1]))]
 
 
@@ -121,9 +181,12 @@ def check_side(side: int, depth: int) -> None:
         raise InputError(f"a U-Net of depth {depth} {how}: make it {sides}.")
 
 
-# --------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
-IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"  # in the dataset's folder, by an image's name
+IMAGE_FILE, TRIMAP_FILE = (
+    "images/{}.jpg",
+    "annotations/trimaps/{}.png",
+)  # in the dataset's folder, by an image's name
 MAX_PIXELS = 25_000_000  # of one image, lest its prediction take more memory than all the rest
 
 
@@ -147,36 +210,54 @@ def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
     if download:
         try:
             OxfordIIITPet(folder.parent, download=True)
-        except Exception as error:  # of the network, the archive or the disk; a cut connection is no OSError
+        except (
+            Exception
+        ) as error:  # of the network, the archive or the disk; a cut connection is no OSError
             by_hand = "unpack images.tar.gz and annotations.tar.gz from www.robots.ox.ac.uk/~vgg/data/pets there"
             why = f"{reason(error)}): check the network and try again, or {by_hand}"
             raise InputError(f"downloading {folder} failed ({why}.") from None
     if not os.path.isdir(folder):
-        raise InputError(f"there is no dataset at {folder}: set DATA_DIR to the folder that holds it, or DOWNLOAD.")
+        raise InputError(
+            f"there is no dataset at {folder}: set DATA_DIR to the folder that holds it, or DOWNLOAD."
+        )
     return folder.resolve()
 
 
 def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[str]:
-    """Return the image names of a split ('trainval' or 'test'), all or `limit` of them drawn by `seed`, sorted.
+    """Return the image names of a split ('trainval' or 'test'), all or `limit` of them drawn by
+    `seed`, sorted.
 
-    The split file decides, not the folder: the real one holds pictures that no split lists. Errors: `InputError` for
-    a split file without names, a name that the other split has, too, and a name without image or trimap.
+    The split file decides, not the folder: the real one holds pictures that no split lists. Errors:
+    `InputError` for a split file without names, a name that the other split has, too, and a name
+    without image or trimap.
     """
     path = folder / "annotations" / f"{split}.txt"
     names = read_names(path) if path.is_file() else {}
     if not names:
-        raise InputError(f"{path} is missing or names no images: extract the dataset's annotations again.")
+        raise InputError(
+            f"{path} is missing or names no images: extract the dataset's annotations again."
+        )
     other = path.with_name("test.txt" if split == "trainval" else "trainval.txt")
     others = read_names(other) if other.is_file() else {}
     for name in names.keys() & others.keys():
         lines = f"{path} has in line {names[name]} what {other} has in line {others[name]}"
-        raise InputError(f"{lines}, {name}: an image must not be in two splits, so remove one line.")
-    files = {pattern.format(name): line for name, line in names.items() for pattern in (IMAGE_FILE, TRIMAP_FILE)}
+        raise InputError(
+            f"{lines}, {name}: an image must not be in two splits, so remove one line."
+        )
+    files = {
+        pattern.format(name): line
+        for name, line in names.items()
+        for pattern in (IMAGE_FILE, TRIMAP_FILE)
+    }
     missing = [file for file in files if not os.path.isfile(folder / file)]
     if missing:
         first = f"{missing[0]} of line {files[missing[0]]}"
-        raise InputError(f"{path} names {len(missing)} files that are not there, first {first}: extract them.")
-    return sorted(np.random.default_rng(seed).permutation(list(names))[:limit].tolist() if limit else names)
+        raise InputError(
+            f"{path} names {len(missing)} files that are not there, first {first}: extract them."
+        )
+    return sorted(
+        np.random.default_rng(seed).permutation(list(names))[:limit].tolist() if limit else names
+    )
 
 
 def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -196,23 +277,36 @@ def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[li
 def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Image.Image:
     """Decode an image file of any format, turned the way its camera noted, as RGB or as it is.
 
-    `paired` says that a trimap belongs to it, whose size has to show that it was turned, too. Errors: `InputError`.
+    `paired` says that a trimap belongs to it, whose size has to show that it was turned, too.
+    Errors: `InputError`.
     """
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"its {file.width} x {file.height} pixels are more than {MAX_PIXELS:,}")
-            if rgb and file.mode.startswith(("I", "F")):  # Pillow would clip them to white, or to black
+                raise ValueError(
+                    f"its {file.width} x {file.height} pixels are more than {MAX_PIXELS:,}"
+                )
+            if rgb and file.mode.startswith(
+                ("I", "F")
+            ):  # Pillow would clip them to white, or to black
                 raise ValueError(f"its mode {file.mode} has more than 8 bits a channel")
-            turn = file.getexif().get(0x112, 1) if paired else 1  # from 5 on, width and height are exchanged
+            turn = (
+                file.getexif().get(0x112, 1) if paired else 1
+            )  # from 5 on, width and height are exchanged
             if turn in (2, 3, 4) or (turn > 4 and file.width == file.height):
-                raise ValueError("it is to be shown turned, and nothing tells whether its trimap is turned, too")
+                raise ValueError(
+                    "it is to be shown turned, and nothing tells whether its trimap is turned, too"
+                )
             image = ImageOps.exif_transpose(file)
     except Exception as error:  # Pillow's decoders have many ways to fail on a damaged file
         why = reason(error).removesuffix(f" {str(path)!r}")
-        raise InputError(f"{path} cannot be decoded ({why}): replace it by an intact image file.") from None
+        raise InputError(
+            f"{path} cannot be decoded ({why}): replace it by an intact image file."
+        ) from None
     if rgb and image.mode == "P":
-        image = image.convert("RGBA")  # a palette with transparency converts straight to RGB only with a warning
+        image = image.convert(
+            "RGBA"
+        )  # a palette with transparency converts straight to RGB only with a warning
     return image.convert("RGB") if rgb else image
 
 
@@ -222,12 +316,18 @@ def open_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
     path = folder / TRIMAP_FILE.format(name)
     trimap = open_image(path, rgb=False)
     if trimap.mode != "L":
-        raise InputError(f"{path} has the mode {trimap.mode}, but a trimap has one channel of 8 bits: replace it.")
+        raise InputError(
+            f"{path} has the mode {trimap.mode}, but a trimap has one channel of 8 bits: replace it."
+        )
     if trimap.size != image.size:
-        raise InputError(f"{path} is {trimap.size} pixels large but its image is {image.size}: replace it.")
+        raise InputError(
+            f"{path} is {trimap.size} pixels large but its image is {image.size}: replace it."
+        )
     strangers = {value for value, count in enumerate(trimap.histogram()) if count} - {1, 2, 3}
     if strangers:
-        raise InputError(f"{path} holds the value {min(strangers)}, but a trimap holds only 1, 2 and 3: replace it.")
+        raise InputError(
+            f"{path} holds the value {min(strangers)}, but a trimap holds only 1, 2 and 3: replace it."
+        )
     return image, trimap
 
 
@@ -248,9 +348,16 @@ def check_files(folder: Path, names: list[str]) -> None:
 
 @memory_told()
 def load_pets(
-    folder: Path, names: list[str], side: int, title: str = "images", *, mask_side: int = 0, resize: str = "nearest"
+    folder: Path,
+    names: list[str],
+    side: int,
+    title: str = "images",
+    *,
+    mask_side: int = 0,
+    resize: str = "nearest",
 ) -> Pets:
-    """Decode every image and trimap once, in parallel, into memory; `mask_side` is `side` unless given.
+    """Decode every image and trimap once, in parallel, into memory; `mask_side` is `side` unless
+    given.
 
     `resize` "bilinear" makes the mistake of mixing labels, to show its price. Errors: `InputError`.
     """
@@ -260,8 +367,11 @@ def load_pets(
 
     def fill(index: int) -> None:
         image, trimap = open_pair(folder, names[index])
-        # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and must never be mixed.
-        images[index] = v2.functional.pil_to_tensor(image.resize((side, side), Image.Resampling.BILINEAR))
+        # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and
+        # must never be mixed.
+        images[index] = v2.functional.pil_to_tensor(
+            image.resize((side, side), Image.Resampling.BILINEAR)
+        )
         trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])
         masks[index] = torch.from_numpy(np.array(trimap)) - 1  # 1, 2, 3 -> 0, 1, 2
 
@@ -275,26 +385,35 @@ def load_pets(
 
 
 def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Flip, move and recolour each image and move its mask along, by torch's global random generator.
+    """Flip, move and recolour each image and move its mask along, by torch's global random
+    generator.
 
-    `strength` scales moves and colours. Pixels from outside the photo are grey, labelled `IGNORE`; shapes, dtypes stay.
+    `strength` scales moves and colours. Pixels from outside the photo are grey, labelled `IGNORE`;
+    shapes, dtypes stay.
     """
     fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
     turn, shift, zoom = 10 * strength, 0.05 * strength, (1 - 0.2 * strength, 1 + 0.25 * strength)
-    move = v2.RandomAffine(turn, (shift, shift), zoom, interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
+    move = v2.RandomAffine(
+        turn, (shift, shift), zoom, interpolation=v2.InterpolationMode.BILINEAR, fill=fill
+    )
     transform = v2.Compose([v2.RandomHorizontalFlip(), move, v2.ColorJitter(*[0.2 * strength] * 3)])
-    # A plain tensor beside an image would pass through untouched: only a tv_tensors.Mask moves along, by nearest.
-    pairs = [transform(tv_tensors.Image(i), tv_tensors.Mask(m)) for i, m in zip(images, masks, strict=True)]
+    # A plain tensor beside an image would pass through untouched: only a tv_tensors.Mask moves
+    # along, by nearest.
+    pairs = [
+        transform(tv_tensors.Image(i), tv_tensors.Mask(m))
+        for i, m in zip(images, masks, strict=True)
+    ]
     return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
 
 
-# --------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def conv_plus_conv(in_channels: int, out_channels: int, norms: int = 2) -> nn.Sequential:
     """Return (3 x 3 convolution, BatchNorm, LeakyReLU) twice: (B, in, H, W) -> (B, out, H, W).
 
-    With `norms` 1 the second BatchNorm is left out. Activating in place spares a copy of the largest tensors.
+    With `norms` 1 the second BatchNorm is left out. Activating in place spares a copy of the
+    largest tensors.
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
@@ -307,15 +426,23 @@ def conv_plus_conv(in_channels: int, out_channels: int, norms: int = 2) -> nn.Se
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> logits (B, num_classes, N, N).
+    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> logits (B,
+    num_classes, N, N).
 
-    Going down, every level halves the side and doubles the channels. Going up, every level doubles the side again and
-    concatenates the skip: the tensor of the same side that was kept on the way down. To see what they are worth,
-    `norms` 1 leaves out every second BatchNorm, and `skips` False replaces the skips by zeros.
+    Going down, every level halves the side and doubles the channels. Going up, every level doubles
+    the side again and concatenates the skip: the tensor of the same side that was kept on the way
+    down. To see what they are worth, `norms` 1 leaves out every second BatchNorm, and `skips` False
+    replaces the skips by zeros.
     """
 
     def __init__(
-        self, base_channels: int = 32, depth: int = 5, num_classes: int = 3, *, norms: int = 2, skips: bool = True
+        self,
+        base_channels: int = 32,
+        depth: int = 5,
+        num_classes: int = 3,
+        *,
+        norms: int = 2,
+        skips: bool = True,
     ) -> None:
         super().__init__()
         self.base_channels, self.depth, self.num_classes = base_channels, depth, num_classes
@@ -324,10 +451,16 @@ class UNet(nn.Module):
         self.downs = nn.ModuleList(map(conv_plus_conv, [3, *channels], channels, repeat(norms)))
         self.pools = nn.ModuleList(nn.MaxPool2d(2) for _ in channels)
         self.bottleneck = conv_plus_conv(channels[-1], channels[-1], norms)
-        self.upsamples = nn.ModuleList(nn.Upsample(scale_factor=2, mode="nearest") for _ in channels)
-        # The upsampled tensor and the skip have as many channels each, so the concatenation doubles them: 2c go in.
+        self.upsamples = nn.ModuleList(
+            nn.Upsample(scale_factor=2, mode="nearest") for _ in channels
+        )
+        # The upsampled tensor and the skip have as many channels each, so the concatenation doubles
+        # them: 2c go in.
         inputs = [2 * c for c in reversed(channels)]
-        outputs = [*channels[-2::-1], base_channels]  # as many as the level above keeps; the top level gives b
+        outputs = [
+            *channels[-2::-1],
+            base_channels,
+        ]  # as many as the level above keeps; the top level gives b
         self.ups = nn.ModuleList(map(conv_plus_conv, inputs, outputs, repeat(norms)))
         self.out = nn.Conv2d(base_channels, num_classes, kernel_size=1)
 
@@ -348,7 +481,7 @@ class UNet(nn.Module):
         return self.out(x)
 
 
-# --------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 class Step(NamedTuple):
@@ -360,7 +493,9 @@ class Step(NamedTuple):
     predicted: tuple[int, float]
     traced: tuple[int, int] | None  # None: the forward pass did not get here
     parameters: int
-    flops: int  # of the convolutions, 2 per multiply-add; normalisation and activation are under 1 %
+    flops: (
+        int  # of the convolutions, 2 per multiply-add; normalisation and activation are under 1 %
+    )
     receptive_field: int  # side in input pixels of what one output pixel can depend on
 
     @property
@@ -371,7 +506,9 @@ class Step(NamedTuple):
     @property
     def row(self) -> dict[str, object]:
         """The step as a row for `html_table`; the output's KiB are those of float32."""
-        predicted, traced = (f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "not reached" for s in self[3:5])
+        predicted, traced = (
+            f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "not reached" for s in self[3:5]
+        )
         kib = 4 * self.predicted[0] * self.predicted[1] ** 2 / 1024
         return {
             "step": self.name, "formula": self.formula, "predicted": predicted, "traced": traced,
@@ -401,7 +538,9 @@ def analyse_shapes(model: UNet, side: int) -> list[Step]:
     path: list[str] = []  # all operations from the image to here
     for name, level, out, operations in plan(model.base_channels, model.depth, model.num_classes):
         path += operations
-        parameters = model.norms * 2 * out if "conv3" in operations else 0  # a BatchNorm's scale and shift by channel
+        parameters = (
+            model.norms * 2 * out if "conv3" in operations else 0
+        )  # a BatchNorm's scale and shift by channel
         flops = 0
         for operation in operations:
             if operation.startswith("conv"):
@@ -419,22 +558,27 @@ def analyse_shapes(model: UNet, side: int) -> list[Step]:
 
 
 def receptive_field(path: list[str]) -> int:
-    """Return the side, in input pixels, of what one pixel after the operations of `path` can depend on.
+    """Return the side, in input pixels, of what one pixel after the operations of `path` can depend
+    on.
 
-    Counted from that pixel back to the image: a 3 x 3 convolution needs two pixels more in a row than it gives, a
-    2 x 2 pooling twice as many, and w upsampled pixels come from at most w // 2 + 1 coarser ones.
+    Counted from that pixel back to the image: a 3 x 3 convolution needs two pixels more in a row
+    than it gives, a 2 x 2 pooling twice as many, and w upsampled pixels come from at most w // 2 +
+    1 coarser ones.
     """
     width = 1
     for operation in reversed(path):
-        width = {"conv3": width + 2, "conv1": width, "pool": 2 * width, "upsample": width // 2 + 1}[operation]
+        width = {"conv3": width + 2, "conv1": width, "pool": 2 * width, "upsample": width // 2 + 1}[
+            operation
+        ]
     return width
 
 
 def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
-    """Run one image through a copy of the model and note what every step puts out: {name: (channels, side)}.
+    """Run one image through a copy of the model and note what every step puts out: {name:
+    (channels, side)}.
 
-    The copy lies on torch's meta device, which knows shapes but computes nothing, so any size is free. A model whose
-    shapes don't fit yields the steps before the one that failed.
+    The copy lies on torch's meta device, which knows shapes but computes nothing, so any size is
+    free. A model whose shapes don't fit yields the steps before the one that failed.
     """
     model = deepcopy(model).to("meta").eval()
     traced: dict[str, tuple[int, int]] = {}
@@ -446,35 +590,47 @@ def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
         steps = {"down": model.downs[level - 1], "pool": model.pools[level - 1]}
         steps |= {"upsample": model.upsamples[-level], "up": model.ups[-level]}
         for kind, module in steps.items():
-            module.register_forward_hook(lambda _m, _inputs, x, name=f"{kind}{level}": note(name, x))
-        model.ups[-level].register_forward_pre_hook(lambda _m, inputs, name=f"concat{level}": note(name, inputs[0]))
+            module.register_forward_hook(
+                lambda _m, _inputs, x, name=f"{kind}{level}": note(name, x)
+            )
+        model.ups[-level].register_forward_pre_hook(
+            lambda _m, inputs, name=f"concat{level}": note(name, inputs[0])
+        )
     for name in ("bottleneck", "out"):
-        model.get_submodule(name).register_forward_hook(lambda _m, _inputs, x, name=name: note(name, x))
-    # No side is refused: one that doesn't fit goes as far as it can, and what is missing shows where it failed.
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _inputs, x, name=name: note(name, x)
+        )
+    # No side is refused: one that doesn't fit goes as far as it can, and what is missing shows
+    # where it failed.
     with suppress(RuntimeError), patch.dict(globals(), check_side=lambda *_: None):
         model(torch.empty(1, 3, side, side, device="meta"))
     return traced
 
 
-# --------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Count pixels by class: (K, K) int64, rows the truth and columns the prediction. Pixels `IGNORE` don't count.
+    """Count pixels by class: (K, K) int64, rows the truth and columns the prediction. Pixels
+    `IGNORE` don't count.
 
     Both tensors hold uint8 labels in the same shape, of one image or of many.
     """
     known = truth != IGNORE
-    pairs = truth[known] * len(CLASSES) + predicted[known]  # 0 to 8 fits uint8, and spares large int64 copies
+    pairs = (
+        truth[known] * len(CLASSES) + predicted[known]
+    )  # 0 to 8 fits uint8, and spares large int64 copies
     return torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), len(CLASSES))
 
 
 def scores(matrix: Tensor) -> dict:
-    """Derive every score from one confusion matrix, so that every pixel weighs the same, whatever batch it was in.
+    """Derive every score from one confusion matrix, so that every pixel weighs the same, whatever
+    batch it was in.
 
-    `pixel_accuracy` is the share of the diagonal; per class, with true positives TP, false positives FP and false
-    negatives FN, `iou` is TP / (TP + FP + FN) and `dice` is 2 TP / (2 TP + FP + FN). A class that neither occurs
-    nor is predicted has no score (None) and stays out of `mean_iou`. Errors: `InputError` if nothing was counted.
+    `pixel_accuracy` is the share of the diagonal; per class, with true positives TP, false
+    positives FP and false negatives FN, `iou` is TP / (TP + FP + FN) and `dice` is 2 TP / (2 TP +
+    FP + FN). A class that neither occurs nor is predicted has no score (None) and stays out of
+    `mean_iou`. Errors: `InputError` if nothing was counted.
     """
     if not matrix.any():
         raise InputError("there are no pixels to score: use a split that has images, with labels.")
@@ -492,13 +648,14 @@ def scores(matrix: Tensor) -> dict:
     }
 
 
-# --------------------------------------------------------------------------------------------------- run folder
+# --------------------------------------------------------------------------------------- run folder
 
 
 def open_run(recipe: Recipe) -> Path:
     """Return the run's folder, runs/RUN_NAME, to which this process alone may write until it ends.
 
-    Errors: `InputError` if another does, or if the disk is too full for the run or can't be written to.
+    Errors: `InputError` if another does, or if the disk is too full for the run or can't be written
+    to.
     """
     folder = ROOT / "runs" / recipe.RUN_NAME
     own_folder(folder, room_for(recipe))
@@ -508,10 +665,15 @@ def open_run(recipe: Recipe) -> Path:
 def save_weights(path: Path, model: UNet) -> None:
     """Write the model's weights in float16, which halves the file and changes hardly any label.
 
-    Whole numbers stay as they are, and so does what float16 can't hold: a BatchNorm's variance may be above 65,504.
+    Whole numbers stay as they are, and so does what float16 can't hold: a BatchNorm's variance may
+    be above 65,504.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    halved = {n: t.half() for n, t in weights.items() if t.is_floating_point() and t.half().isfinite().all()}
+    halved = {
+        n: t.half()
+        for n, t in weights.items()
+        if t.is_floating_point() and t.half().isfinite().all()
+    }
     save_tensors(path, weights | halved)
 
 
@@ -520,17 +682,27 @@ def load_weights(path: Path, model: UNet) -> None:
     try:
         model.load_state_dict(load_tensors(path))
     except (RuntimeError, TypeError, AttributeError):
-        raise InputError(f"{path} is damaged, or holds the weights of another architecture: train again.") from None
+        raise InputError(
+            f"{path} is damaged, or holds the weights of another architecture: train again."
+        ) from None
 
 
-def save_run(folder: Path, metrics: dict, history: list[dict], scored: dict[str, tuple[Pets, Tensor]]) -> None:
-    """Write `history.csv`, `images.csv` and, last, `metrics.json`: its being there says that the run is complete.
+def save_run(
+    folder: Path, metrics: dict, history: list[dict], scored: dict[str, tuple[Pets, Tensor]]
+) -> None:
+    """Write `history.csv`, `images.csv` and, last, `metrics.json`: its being there says that the
+    run is complete.
 
     `scored` has the images of a split and what `evaluate` counted, (B, K, K), by the split's name.
     """
     counts = [f"{true}_as_{predicted}" for true in CLASSES for predicted in CLASSES]
     images = [
-        {"split": split, "name": name, "breed": breed_of(name), **dict(zip(counts, row, strict=True))}
+        {
+            "split": split,
+            "name": name,
+            "breed": breed_of(name),
+            **dict(zip(counts, row, strict=True)),
+        }
         for split, (pets, matrices) in scored.items()
         for name, row in zip(pets.names, matrices.flatten(1).tolist(), strict=True)
     ]
@@ -548,13 +720,24 @@ def read_run(folder: Path) -> dict:
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
         history = csv.DictReader((folder / "history.csv").read_text().splitlines())
-        images = (folder / "images.csv").read_text().splitlines() if (folder / "images.csv").exists() else []
+        images = (
+            (folder / "images.csv").read_text().splitlines()
+            if (folder / "images.csv").exists()
+            else []
+        )
         numbers = [{key: float(text) for key, text in row.items()} for row in history]
         if not numbers:
             raise ValueError("history.csv has no rows")
-        return {"name": folder.name, **metrics, "history": numbers, "images": list(csv.DictReader(images))}
+        return {
+            "name": folder.name,
+            **metrics,
+            "history": numbers,
+            "images": list(csv.DictReader(images)),
+        }
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"there is no complete run in {folder} ({error}): make the run again.") from None
+        raise InputError(
+            f"there is no complete run in {folder} ({error}): make the run again."
+        ) from None
 
 
 def load_net(folder: Path) -> tuple[UNet, Recipe]:
@@ -565,7 +748,7 @@ def load_net(folder: Path) -> tuple[UNet, Recipe]:
     return model, recipe
 
 
-# --------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
@@ -582,21 +765,34 @@ def run_model(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tenso
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, images: Tensor, precision: torch.dtype, *, size: tuple[int, int] | None = None, flip: bool = False
+    model: nn.Module,
+    images: Tensor,
+    precision: torch.dtype,
+    *,
+    size: tuple[int, int] | None = None,
+    flip: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the most probable label of every pixel, (B, H, W) uint8, and its probability, (B, H, W) float32.
+    """Return the most probable label of every pixel, (B, H, W) uint8, and its probability, (B, H,
+    W) float32.
 
-    The logits are brought to `size` (H, W), that of the images unless given, bilinearly. `flip` averages the
-    probabilities with those of the mirrored images.
+    The logits are brought to `size` (H, W), that of the images unless given, bilinearly. `flip`
+    averages the probabilities with those of the mirrored images.
     """
     size = tuple(size or images.shape[2:])
     model.eval()
 
     def probabilities(batch: Tensor) -> Tensor:
-        return F.interpolate(run_model(model, batch, precision), size, mode="bilinear").softmax(dim=1)  # (B, K, H, W)
+        return F.interpolate(run_model(model, batch, precision), size, mode="bilinear").softmax(
+            dim=1
+        )  # (B, K, H, W)
 
-    labels, confidences = torch.empty(len(images), *size, dtype=torch.uint8), torch.empty(len(images), *size)
-    for start in tqdm(range(0, len(images), 32), "predict", delay=2 if len(images) > 32 else math.inf, leave=False):
+    labels, confidences = (
+        torch.empty(len(images), *size, dtype=torch.uint8),
+        torch.empty(len(images), *size),
+    )
+    for start in tqdm(
+        range(0, len(images), 32), "predict", delay=2 if len(images) > 32 else math.inf, leave=False
+    ):
         part = slice(start, start + 32)
         likely = probabilities(images[part])
         if flip:
@@ -607,9 +803,11 @@ def predict(
 
 @memory_told()
 def evaluate(model: nn.Module, pets: Pets, precision: torch.dtype, *, flip: bool = False) -> Tensor:
-    """Return the confusion matrix of every image of `pets`, (B, K, K) int64; their sum is that of the whole split.
+    """Return the confusion matrix of every image of `pets`, (B, K, K) int64; their sum is that of
+    the whole split.
 
-    Batches are counted and forgotten: to keep the predictions for the test split at 1,024 px would take 19 GB.
+    Batches are counted and forgotten: to keep the predictions for the test split at 1,024 px would
+    take 19 GB.
     """
     matrices = [torch.zeros(0, len(CLASSES), len(CLASSES), dtype=torch.int64)]
     batches = list(zip(pets.images.split(32), pets.masks.split(32), strict=True))
@@ -622,19 +820,28 @@ def evaluate(model: nn.Module, pets: Pets, precision: torch.dtype, *, flip: bool
 def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -> Tensor:
     """Return cross-entropy plus `dice_weight` times soft Dice loss (Milletari et al. 2016).
 
-    Shapes: logits (B, K, N, N), masks (B, N, N) int64, result (). Cross-entropy scores pixels one by one; Dice scores
-    the overlap of whole classes, so the narrow border counts as much as the wide background. `IGNORE` doesn't count.
+    Shapes: logits (B, K, N, N), masks (B, N, N) int64, result (). Cross-entropy scores pixels one
+    by one; Dice scores the overlap of whole classes, so the narrow border counts as much as the
+    wide background. `IGNORE` doesn't count.
     """
     cross_entropy = F.cross_entropy(logits, masks, ignore_index=IGNORE)
     known = (masks != IGNORE).unsqueeze(1)  # (B, 1, N, N)
-    truth = F.one_hot(masks.where(masks != IGNORE, 0), logits.shape[1]).permute(0, 3, 1, 2) * known  # (B, K, N, N)
+    truth = (
+        F.one_hot(masks.where(masks != IGNORE, 0), logits.shape[1]).permute(0, 3, 1, 2) * known
+    )  # (B, K, N, N)
     probabilities = logits.softmax(dim=1) * known
     overlap = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
     total = (probabilities + truth).sum(dim=(0, 2, 3))
     return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
 
 
-HISTORY = ("epoch", "train_loss", "valid_pixel_accuracy", "valid_mean_iou", "seconds")  # what an epoch leaves
+HISTORY = (
+    "epoch",
+    "train_loss",
+    "valid_pixel_accuracy",
+    "valid_mean_iou",
+    "seconds",
+)  # what an epoch leaves
 
 
 class Training(NamedTuple):
@@ -659,9 +866,13 @@ class Training(NamedTuple):
             done = (step + 1) / (total_steps + 1)
             return min(done / 0.1, (1 - done) / 0.9) if recipe.LINEAR_DECAY else 1
 
-        def moving_average(averages: list[Tensor], currents: list[Tensor], updates: Tensor | int) -> None:
+        def moving_average(
+            averages: list[Tensor], currents: list[Tensor], updates: Tensor | int
+        ) -> None:
             longest = 0.99 if recipe.AVERAGE else 0
-            decay = min(longest, (1 + int(updates)) / (10 + int(updates)))  # less at first, to forget the start
+            decay = min(
+                longest, (1 + int(updates)) / (10 + int(updates))
+            )  # less at first, to forget the start
             for average, current in zip(averages, currents, strict=True):
                 average.lerp_(current, 1 - decay)
 
@@ -678,9 +889,15 @@ class Training(NamedTuple):
         saved = load_tensors(path)
         try:
             theirs = saved["recipe"]
-            other = [f"{key} {theirs.get(key)}, not {own}" for key, own in identity.items() if theirs.get(key) != own]
+            other = [
+                f"{key} {theirs.get(key)}, not {own}"
+                for key, own in identity.items()
+                if theirs.get(key) != own
+            ]
             if other:
-                raise InputError(f"{path} is of another run, with {'; '.join(other)}: set RESUME to False, or these.")
+                raise InputError(
+                    f"{path} is of another run, with {'; '.join(other)}: set RESUME to False, or these."
+                )
             history = saved["history"]
             numbers = [[float(row[column]) for column in HISTORY] for row in history]
             if [row[0] for row in numbers] != list(range(1, len(numbers) + 1)):
@@ -695,29 +912,44 @@ class Training(NamedTuple):
             return history
         except InputError:
             raise
-        except Exception:  # anything may be missing or of a wrong type in a file that somebody else made
+        except (
+            Exception
+        ):  # anything may be missing or of a wrong type in a file that somebody else made
             raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
 
 
 @memory_told()
 def train(
-    model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe, checkpoint: Path | None = None
+    model: nn.Module,
+    train_pets: Pets,
+    valid_pets: Pets,
+    recipe: Recipe,
+    checkpoint: Path | None = None,
 ) -> list[dict]:
-    """Train `model` in place, on its device, by `recipe`, and return the history: one dict per epoch.
+    """Train `model` in place, on its device, by `recipe`, and return the history: one dict per
+    epoch.
 
-    What is validated, and is in `model` at the end, is the moving average of the weights. After every epoch the state
-    goes to `checkpoint`; with RESUME training goes on from there, on a CPU exactly as if never interrupted. So it does
-    without RESUME if the same call was interrupted. Errors: `InputError` for too few images, a loss that is no number,
-    a full disk, a checkpoint that is damaged or of another training, and an interrupt.
+    What is validated, and is in `model` at the end, is the moving average of the weights. After
+    every epoch the state goes to `checkpoint`; with RESUME training goes on from there, on a CPU
+    exactly as if never interrupted. So it does without RESUME if the same call was interrupted.
+    Errors: `InputError` for too few images, a loss that is no number, a full disk, a checkpoint
+    that is damaged or of another training, and an interrupt.
     """
     check_run(recipe, train=train_pets.names, valid=valid_pets.names)
     precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
-    # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster without on AVX2.
-    model.to(memory_format=torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format)
+    # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster
+    # without on AVX2.
+    model.to(
+        memory_format=torch.channels_last
+        if precision == torch.bfloat16
+        else torch.contiguous_format
+    )
     keep_freed_memory()
     identity = identify(recipe, precision, train_pets, valid_pets)
     first = deepcopy(model.state_dict())
-    training = Training.start(model, recipe, recipe.EPOCHS * count_steps(len(train_pets.names), recipe.BATCH_SIZE))
+    training = Training.start(
+        model, recipe, recipe.EPOCHS * count_steps(len(train_pets.names), recipe.BATCH_SIZE)
+    )
     history = []
     try:
         if checkpoint and checkpoint.exists():
@@ -740,7 +972,9 @@ def train(
     return history
 
 
-def epochs(training: Training, train_pets: Pets, valid_pets: Pets, recipe: Recipe, done: int) -> Iterator[dict]:
+def epochs(
+    training: Training, train_pets: Pets, valid_pets: Pets, recipe: Recipe, done: int
+) -> Iterator[dict]:
     """Train one epoch after another, but those that are done, and yield a row of the history after each."""
     steps = count_steps(len(train_pets.names), recipe.BATCH_SIZE)
     sides = recipe.small_sides + [recipe.IMAGE_SIZE] * (recipe.EPOCHS - len(recipe.small_sides))
@@ -749,14 +983,18 @@ def epochs(training: Training, train_pets: Pets, valid_pets: Pets, recipe: Recip
     def at_side(side: int) -> tuple[Pets, Pets]:
         if side == recipe.IMAGE_SIZE:
             return train_pets, valid_pets
-        train_again = load_pets(train_pets.folder, train_pets.names, side, resize=recipe.MASK_RESIZE)
+        train_again = load_pets(
+            train_pets.folder, train_pets.names, side, resize=recipe.MASK_RESIZE
+        )
         valid_again = load_pets(valid_pets.folder, valid_pets.names, side)
         return train_again, valid_again._replace(masks=valid_pets.masks)
 
     with tqdm(total=recipe.EPOCHS * steps, initial=done * steps, mininterval=1, leave=False) as bar:
         for epoch, side in list(enumerate(sides, 1))[done:]:
             bar.set_description(f"epoch {epoch}/{recipe.EPOCHS}")
-            torch.manual_seed(recipe.SEED * 100_003 + epoch)  # by epoch, so that a resumed run draws the same
+            torch.manual_seed(
+                recipe.SEED * 100_003 + epoch
+            )  # by epoch, so that a resumed run draws the same
             seen, held_out = at_side(side)
             start = time.perf_counter()
             loss = train_epoch(training, seen, recipe, bar)
@@ -787,16 +1025,21 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
         average.update_parameters(model)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise InputError("the loss is no longer a number: make LEARNING_RATE smaller and train again.")
+            raise InputError(
+                "the loss is no longer a number: make LEARNING_RATE smaller and train again."
+            )
         bar.update()
     return sum(losses) / len(losses)
 
 
-def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe) -> tuple[float, float]:
-    """Return pixel accuracy and mean IoU of averaged weights, after giving their BatchNorms statistics of their own.
+def validate(
+    model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe
+) -> tuple[float, float]:
+    """Return pixel accuracy and mean IoU of averaged weights, after giving their BatchNorms
+    statistics of their own.
 
-    In training no batch went through the averaged weights, so their running means and variances are those of other
-    weights. They are measured anew, on at most ten batches of training images.
+    In training no batch went through the averaged weights, so their running means and variances are
+    those of other weights. They are measured anew, on at most ten batches of training images.
     """
     device = next(model.parameters()).device
     precision = pick_precision(recipe.PRECISION, device)
@@ -811,7 +1054,9 @@ def validate(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recip
 def count_steps(images: int, batch_size: int) -> int:
     """Return how many full batches an epoch has. Errors: `InputError` if it has none."""
     if images < batch_size:
-        raise InputError(f"{images} training images don't fill one batch of {batch_size}: make BATCH_SIZE smaller.")
+        raise InputError(
+            f"{images} training images don't fill one batch of {batch_size}: make BATCH_SIZE smaller."
+        )
     return images // batch_size
 
 
@@ -819,7 +1064,11 @@ def check_run(recipe: Recipe, **names: list[str]) -> None:
     """Raise `InputError` if a split has no images, training has less than a batch, or the memory is too small."""
     for split, images in names.items():
         if not images:
-            why = "validation needs breeds that have two images in trainval.txt" if split == "valid" else "add some"
+            why = (
+                "validation needs breeds that have two images in trainval.txt"
+                if split == "valid"
+                else "add some"
+            )
             raise InputError(f"there are no {split} images: {why}.")
     count_steps(len(names["train"]), recipe.BATCH_SIZE)
     check_memory(recipe, {split: len(images) for split, images in names.items()})
@@ -828,10 +1077,14 @@ def check_run(recipe: Recipe, **names: list[str]) -> None:
 def identify(recipe: Recipe, precision: torch.dtype, train_pets: Pets, valid_pets: Pets) -> dict:
     """Return all that a training depends on, to tell whether a checkpoint belongs to it."""
     return {
-        **recipe.model_dump(exclude=Recipe.PLACES | {"FLIP"}),  # FLIP changes only how the trained net is scored
+        **recipe.model_dump(
+            exclude=Recipe.PLACES | {"FLIP"}
+        ),  # FLIP changes only how the trained net is scored
         "PRECISION": str(precision).removeprefix("torch."),
         "images": list(train_pets.images.shape),
-        "sum of labels": int(train_pets.masks.sum()),  # differs for other images, or other masks, of the same shape
+        "sum of labels": int(
+            train_pets.masks.sum()
+        ),  # differs for other images, or other masks, of the same shape
         "validation masks": list(valid_pets.masks.shape),
     }
 

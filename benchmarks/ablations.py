@@ -1,10 +1,13 @@
-"""What each part buys: runs on the real dataset that differ from a base in one thing, and the table of their scores.
+"""What each part buys: runs on the real dataset that differ from a base in one thing, and the table
+of their scores.
 
-    python -m benchmarks.ablations FOLDER [GRID] [CLUSTER]   makes the runs and the table; FOLDER holds oxford-iiit-pet
-    python -m benchmarks.ablations [GRID]                    prints the table of the README from the kept results
+    python -m benchmarks.ablations FOLDER [GRID] [CLUSTER]   makes the runs and the table; FOLDER
+    holds oxford-iiit-pet python -m benchmarks.ablations [GRID]                    prints the table
+    of the README from the kept results
 
-GRID is ablations (unless given) or optimisers: the runs are those of GRID.json, made as `make sweep` makes them, on
-this machine or on a Dask CLUSTER. The results are kept in GRID.csv, a line for each run.
+GRID is ablations (unless given) or optimisers: the runs are those of GRID.json, made as `make
+sweep` makes them, on this machine or on a Dask CLUSTER. The results are kept in GRID.csv, a line
+for each run.
 """
 
 import csv
@@ -21,7 +24,10 @@ GRIDS = {name: Path(__file__).with_name(f"{name}.json") for name in ("ablations"
 def make(data_dir: str, grid: str, cluster: str = "") -> int:
     """Make the runs of a grid and, once all are complete, the table that is kept; return 1 if one failed."""
     folder = os.path.relpath(pets.find_dataset(data_dir).parent, pets.ROOT)
-    runs = {name: parameters | {"DATA_DIR": folder} for name, parameters in sweep.read_grid(GRIDS[grid]).items()}
+    runs = {
+        name: parameters | {"DATA_DIR": folder}
+        for name, parameters in sweep.read_grid(GRIDS[grid]).items()
+    }
     outcomes = sweep.make_runs(runs, cluster)
     print(sweep.report(outcomes))
     if any(one["outcome"] == "failed" for one in outcomes):
@@ -41,7 +47,10 @@ def write_results(runs: list[sweep.Run], grid: str, path: Path) -> None:
         if base and base is not run and run.counts and base.counts:
             gain = sweep.estimate(sweep.pixel_accuracy, [run.counts["test"]], [base.counts["test"]])
             low, high = (f"{100 * bound:.2f}" for bound in gain[1:])
-        rows.append(sweep.to_row(run) | {"name": name.removeprefix(f"{grid}_"), "gain_low": low, "gain_high": high})
+        rows.append(
+            sweep.to_row(run)
+            | {"name": name.removeprefix(f"{grid}_"), "gain_low": low, "gain_high": high}
+        )
     pets.write_csv(path, rows)
 
 
@@ -63,7 +72,13 @@ def gain(row: dict[str, str], base: dict[str, str]) -> str:
 def table(kept: dict[str, dict[int, dict[str, str]]]) -> str:
     """Return the kept results as Markdown: a row for each change, with means over its seeds and the gain of each."""
     seeds = list(kept["base"])
-    names = ["changed", "pixel accuracy", *(f"gain, seed {seed}" for seed in seeds), "mean IoU", "IoU border"]
+    names = [
+        "changed",
+        "pixel accuracy",
+        *(f"gain, seed {seed}" for seed in seeds),
+        "mean IoU",
+        "IoU border",
+    ]
     lines = [f"| {' | '.join([*names, 'GFLOP', 'seconds'])} |", "|---" * (len(names) + 2) + "|"]
     for change, rows in kept.items():
 

@@ -1,9 +1,12 @@
-"""What it is worth to measure BatchNorm's statistics for the averaged weights, instead of taking those of the last.
+"""What it is worth to measure BatchNorm's statistics for the averaged weights, instead of taking
+those of the last.
 
-    python -m benchmarks.norm_statistics FOLDER   trains the base of the ablations; FOLDER holds oxford-iiit-pet
-    python -m benchmarks.norm_statistics          prints the table of the README from the result that is kept
+    python -m benchmarks.norm_statistics FOLDER   trains the base of the ablations; FOLDER holds
+    oxford-iiit-pet python -m benchmarks.norm_statistics          prints the table of the README
+    from the result that is kept
 
-After every epoch the same averaged weights are scored twice on the held-out images. Writes norm_statistics.json.
+After every epoch the same averaged weights are scored twice on the held-out images. Writes
+norm_statistics.json.
 """
 
 import json
@@ -50,7 +53,9 @@ def table(kept: dict[str, list[dict]]) -> str:
     heads = [f"{kind}, seed {seed}" for seed in kept for kind in ("gathered", "measured")]
     lines = [f"| epoch | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for epoch, rows in enumerate(zip(*kept.values(), strict=True), 1):
-        cells = [f"{cut(100 * row[kind], 2)} %" for row in rows for kind in ("gathered", "measured")]
+        cells = [
+            f"{cut(100 * row[kind], 2)} %" for row in rows for kind in ("gathered", "measured")
+        ]
         lines.append(f"| {epoch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

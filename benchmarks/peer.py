@@ -1,11 +1,14 @@
-"""Train a well-known library's U-Net beside ours: same images, same steps, same recipe, same scores.
+"""Train a well-known library's U-Net beside ours: same images, same steps, same recipe, same
+scores.
 
-    python -m benchmarks.peer FOLDER   trains both; FOLDER holds oxford-iiit-pet; needs benchmarks/requirements.txt
-    python -m benchmarks.peer          prints the table of the README from the result that is kept
+    python -m benchmarks.peer FOLDER   trains both; FOLDER holds oxford-iiit-pet; needs
+    benchmarks/requirements.txt python -m benchmarks.peer          prints the table of the README
+    from the result that is kept
 
-The peer is segmentation_models_pytorch's Unet with a ResNet-18 encoder, which has about as many parameters as ours,
-without pretrained weights. Both train as the ablations do, at 32 base channels, with Muon and once more with AdamW.
-Prints the results and writes runs/bench/peer.json; what the README quotes is kept in benchmarks/.
+The peer is segmentation_models_pytorch's Unet with a ResNet-18 encoder, which has about as many
+parameters as ours, without pretrained weights. Both train as the ablations do, at 32 base channels,
+with Muon and once more with AdamW. Prints the results and writes runs/bench/peer.json; what the
+README quotes is kept in benchmarks/.
 """
 
 import importlib
@@ -33,7 +36,9 @@ def recipes() -> dict[str, pets.Recipe]:
 
 def load(folder: Path, recipe: pets.Recipe) -> tuple[pets.Pets, pets.Pets, pets.Pets]:
     """Return the training, validation and test images as the notebook would load them."""
-    learned, held_out = pets.hold_out(pets.read_split(folder, "trainval", recipe.LIMIT), seed=recipe.SEED)
+    learned, held_out = pets.hold_out(
+        pets.read_split(folder, "trainval", recipe.LIMIT), seed=recipe.SEED
+    )
     scored = {"mask_side": recipe.SCORE_SIZE}
     test = pets.read_split(folder, "test", recipe.LIMIT)
     return (
@@ -56,7 +61,9 @@ def import_peer() -> ModuleType:
     try:
         return importlib.import_module("segmentation_models_pytorch")
     except ImportError:
-        raise pets.InputError("the peer is not installed: run pip install -r benchmarks/requirements.txt.") from None
+        raise pets.InputError(
+            "the peer is not installed: run pip install -r benchmarks/requirements.txt."
+        ) from None
 
 
 def train_and_score(
@@ -66,8 +73,14 @@ def train_and_score(
     train_pets, valid_pets, test_pets = splits
     device = pets.pick_device(recipe.DEVICE)
     history = pets.train(model.to(device), train_pets, valid_pets, recipe)
-    images = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE) * recipe.BATCH_SIZE
-    matrices = pets.evaluate(model, test_pets, pets.pick_precision(recipe.PRECISION, device), flip=recipe.FLIP)
+    images = (
+        recipe.EPOCHS
+        * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE)
+        * recipe.BATCH_SIZE
+    )
+    matrices = pets.evaluate(
+        model, test_pets, pets.pick_precision(recipe.PRECISION, device), flip=recipe.FLIP
+    )
     return {
         "recipe": recipe.model_dump(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -86,17 +99,25 @@ def compare(data_dir: str) -> dict:
         for net, label in NETS.items():
             print(f"{label}, {optimiser}")
             model = new_model(net, smp, recipe)
-            runs.append({"net": net, "optimiser": optimiser, **train_and_score(model, splits, recipe)})
+            runs.append(
+                {"net": net, "optimiser": optimiser, **train_and_score(model, splits, recipe)}
+            )
     versions = {"smp": smp.__version__, "torch": torch.__version__}
     return {**versions, "threads": torch.get_num_threads(), "runs": runs}
 
 
 def table(kept: dict) -> str:
     """Return a comparison's result as Markdown."""
-    lines = ["| net | optimiser | parameters | pixel accuracy | mean IoU | images a second |", "|---" * 6 + "|"]
+    lines = [
+        "| net | optimiser | parameters | pixel accuracy | mean IoU | images a second |",
+        "|---" * 6 + "|",
+    ]
     for run in kept["runs"]:
         cells = [NETS[run["net"]], run["optimiser"], f"{run['parameters']:,}"]
-        cells += [f"{cut(100 * run['test']['pixel_accuracy'], 2)} %", cut(run["test"]["mean_iou"], 3)]
+        cells += [
+            f"{cut(100 * run['test']['pixel_accuracy'], 2)} %",
+            cut(run["test"]["mean_iou"], 3),
+        ]
         lines.append(f"| {' | '.join([*cells, cut(run['images_per_second'], 1)])} |")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Score a run's weights.pt on the official test split again, and compare with its metrics.json.
 
-python -m benchmarks.score FOLDER [RUN]   FOLDER holds oxford-iiit-pet; RUN is notebooks/oxford_run unless given
+python -m benchmarks.score FOLDER [RUN]   FOLDER holds oxford-iiit-pet; RUN is notebooks/oxford_run
+unless given
 """
 
 from pathlib import Path
@@ -16,10 +17,14 @@ def read_scored(run: Path) -> tuple[Run, pets.Recipe]:
     try:
         found = check_run(pets.read_run(run))
     except RecursionError:
-        raise InputError(f"there is no complete run in {run} (nested too deep): make the run again.") from None
+        raise InputError(
+            f"there is no complete run in {run} (nested too deep): make the run again."
+        ) from None
     missing = pets.Recipe.model_fields.keys() - found.parameters.keys()
     if missing:
-        raise InputError(f"{run} is of an older version, without {', '.join(sorted(missing))}: make the run again.")
+        raise InputError(
+            f"{run} is of an older version, without {', '.join(sorted(missing))}: make the run again."
+        )
     recipe = pets.Recipe(**found.parameters)
     if recipe.DATASET != "oxford":
         raise InputError(f"{run} is not of the real dataset: name a run with DATASET oxford.")
@@ -34,13 +39,21 @@ def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
     folder = pets.find_dataset(data_dir)
     names = pets.read_split(folder, "test", recipe.LIMIT)
     if len(names) != then.test.images:
-        raise InputError(f"{folder} has {len(names)} test images, but {run} was scored on {then.test.images}.")
-    test = pets.load_pets(folder, names, recipe.IMAGE_SIZE, "test images", mask_side=recipe.SCORE_SIZE)
+        raise InputError(
+            f"{folder} has {len(names)} test images, but {run} was scored on {then.test.images}."
+        )
+    test = pets.load_pets(
+        folder, names, recipe.IMAGE_SIZE, "test images", mask_side=recipe.SCORE_SIZE
+    )
     pets.keep_freed_memory()  # this halves the time
-    matrices = pets.evaluate(model.to(device), test, pets.pick_precision(recipe.PRECISION, device), flip=recipe.FLIP)
+    matrices = pets.evaluate(
+        model.to(device), test, pets.pick_precision(recipe.PRECISION, device), flip=recipe.FLIP
+    )
     now = pets.scores(matrices.sum(0))
     for name in ("pixel_accuracy", "mean_iou"):
-        print(f"{name}: {now[name]:.6f} now, {getattr(then.test, name):.6f} then, on {len(names)} test images")
+        print(
+            f"{name}: {now[name]:.6f} now, {getattr(then.test, name):.6f} then, on {len(names)} test images"
+        )
 
 
 if __name__ == "__main__":

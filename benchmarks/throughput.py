@@ -1,9 +1,11 @@
-"""How fast is a training step, and how does its cost grow? `make bench` runs this, in some five minutes on two cores.
+"""How fast is a training step, and how does its cost grow? `make bench` runs this, in some five
+minutes on two cores.
 
-The project's step is measured against a plain one, against itself with the memory not kept, and against the machine's
-own matrix product; then the share of the training loop that is no step, and the cost by side, width, batch and number
-of images. What is compared takes turns, in a process each, since to keep freed memory can't be undone in a process.
-Prints it, and writes throughput_PRECISION.json and cost.png into runs/bench; what the README quotes is kept in
+The project's step is measured against a plain one, against itself with the memory not kept, and
+against the machine's own matrix product; then the share of the training loop that is no step, and
+the cost by side, width, batch and number of images. What is compared takes turns, in a process
+each, since to keep freed memory can't be undone in a process. Prints it, and writes
+throughput_PRECISION.json and cost.png into runs/bench; what the README quotes is kept in
 benchmarks/ and figures/.
 """
 
@@ -47,10 +49,11 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def least_seconds(what: str, *works: Callable[[], float], rounds: int = 5) -> list[float]:
-    """Return the least of several measurements by each of `works`, which take turns, after one to warm up.
+    """Return the least of several measurements by each of `works`, which take turns, after one to
+    warm up.
 
-    The least, since what disturbs a measurement only ever adds to it; in turns, so that a slow minute of the machine
-    falls on all of them.
+    The least, since what disturbs a measurement only ever adds to it; in turns, so that a slow
+    minute of the machine falls on all of them.
     """
     times = [[work() for work in works] for _ in tqdm(range(rounds + 1), what, leave=False)]
     return np.min(times[1:], axis=0).tolist()
@@ -59,7 +62,9 @@ def least_seconds(what: str, *works: Callable[[], float], rounds: int = 5) -> li
 def random_pets(count: int, side: int) -> pets.Pets:
     """Return images of noise: what they show makes no difference to the time."""
     images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
-    return pets.Pets([f"noise_{i}" for i in range(count)], images, torch.randint(3, (count, side, side)).byte())
+    return pets.Pets(
+        [f"noise_{i}" for i in range(count)], images, torch.randint(3, (count, side, side)).byte()
+    )
 
 
 def plain_step(side: int, batch: int, width: int) -> Callable[[], None]:
@@ -68,7 +73,12 @@ def plain_step(side: int, batch: int, width: int) -> Callable[[], None]:
     for module in model.modules():
         if isinstance(module, nn.LeakyReLU):
             module.inplace = False
-    return step_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.float32, random_pets(batch, side))
+    return step_of(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+        torch.float32,
+        random_pets(batch, side),
+    )
 
 
 def fast_step(side: int, batch: int, width: int, muon: bool = False) -> Callable[[], None]:
@@ -105,7 +115,9 @@ def step_of(
 def epoch(side: int, batch: int, width: int, images: int, augment: float) -> Callable[[], float]:
     """Return an epoch of `pets.train_epoch`, with AdamW like the steps."""
     training, data, bar = start_training(width), random_pets(images, side), tqdm(disable=True)
-    recipe = pets.Recipe(IMAGE_SIZE=side, BASE_CHANNELS=width, BATCH_SIZE=batch, MUON=False, AUGMENT=augment)
+    recipe = pets.Recipe(
+        IMAGE_SIZE=side, BASE_CHANNELS=width, BATCH_SIZE=batch, MUON=False, AUGMENT=augment
+    )
     return lambda: pets.train_epoch(training, data, recipe, bar)
 
 
@@ -143,7 +155,10 @@ def in_turns() -> dict[str, float]:
     """Return the least seconds of each part of the headline, each measured in a process of its own, in turns."""
     spawn, threads = get_context("spawn"), torch.get_num_threads()
     with ExitStack() as stack:
-        pools = [stack.enter_context(ProcessPoolExecutor(1, spawn, set_up, (name, threads))) for name in HEADLINE]
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, spawn, set_up, (name, threads)))
+            for name in HEADLINE
+        ]
         works = [lambda pool=pool: pool.submit(measure).result() for pool in pools]
         return dict(zip(HEADLINE, least_seconds("steps", *works), strict=True))
 
@@ -154,7 +169,9 @@ def headline() -> dict:
     images = STEPS * BATCH
     forward = sum(s.flops for s in pets.analyse_shapes(pets.UNet(WIDTH, DEPTH), SIDE))
     flops = 3 * forward * images / step  # the backward pass takes twice the forward pass's
-    products = {str(p).removeprefix("torch."): matrix_product(p) for p in (torch.float32, torch.bfloat16)}
+    products = {
+        str(p).removeprefix("torch."): matrix_product(p) for p in (torch.float32, torch.bfloat16)
+    }
     return {
         "side": SIDE,
         "batch": BATCH,
@@ -181,8 +198,12 @@ def growth() -> dict[str, dict]:
         """Let what `names` names grow along `sizes`."""
         still = {"side": 64, "batch": 8, "width": 32, "images": 8}
         epochs = [epoch(**still | dict.fromkeys(names, size), augment=0.0) for size in sizes]
-        seconds = least_seconds(f"cost by {names[0]}", *(partial(seconds_of, one) for one in epochs))
-        slope = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)[0]  # the smallest is mostly overhead
+        seconds = least_seconds(
+            f"cost by {names[0]}", *(partial(seconds_of, one) for one in epochs)
+        )
+        slope = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)[
+            0
+        ]  # the smallest is mostly overhead
         return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
 
     return {
@@ -196,12 +217,16 @@ def growth() -> dict[str, dict]:
 def plot_growth(measured: dict[str, dict]) -> plt.Figure:
     """Plot seconds by size on logarithmic axes, and the slope that is expected, through the largest."""
     alt = "Seconds of training by side, width, batch and number of images, on logarithmic axes, with expected slopes."
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained", label=alt)
+    figure, panels = plt.subplots(
+        1, 4, figsize=(12, 3.4), sharey=True, layout="constrained", label=alt
+    )
     for axes, (name, line) in zip(panels, measured.items(), strict=True):
         sizes, seconds, slope = np.array(line["sizes"]), line["seconds"], EXPECTED[name]
         expected = seconds[-1] * (sizes / sizes[-1]) ** slope
         axes.loglog(sizes, expected, ":", color="grey", label=f"expected, slope {slope}")
-        axes.loglog(sizes, seconds, "o-", color=pets.GREEN, label=f"measured, slope {line['slope']:.1f}")
+        axes.loglog(
+            sizes, seconds, "o-", color=pets.GREEN, label=f"measured, slope {line['slope']:.1f}"
+        )
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.set(xlabel=LABELS[name], ylabel="seconds" if name == "side" else None)
@@ -223,7 +248,9 @@ def figures_of(measured: dict) -> dict[str, str]:
         "the step against the plain one": f"{cut(measured['step_against_plain'], 2)} times as fast",
         "the step against itself, freed memory not kept": f"{cut(memory, 2)} times",
         "the step, GFLOP/s": cut(measured["step_gflops"], 0),
-        **{f"matrix product in {name}, GFLOP/s": f"{value:.3g}" for name, value in products.items()},
+        **{
+            f"matrix product in {name}, GFLOP/s": f"{value:.3g}" for name, value in products.items()
+        },
         "the step against the faster product": f"{cut(100 * measured['step_against_best_product'], 0)} %",
         "share of the training loop that is no step": f"{100 * measured['share_of_training_loop_not_step']:.1f} %",
     }
@@ -233,19 +260,27 @@ def table(*measured: dict) -> str:
     """Return the headline figures as Markdown, with a column for each machine."""
     columns = [figures_of(one) for one in measured]
     rows = [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
-    return "\n".join(["| measured |" + " |" * len(columns), "|---" * (1 + len(columns)) + "|", *rows])
+    return "\n".join(
+        ["| measured |" + " |" * len(columns), "|---" * (1 + len(columns)) + "|", *rows]
+    )
 
 
 def main() -> None:
     """Measure, print, and write."""
     print(f"measuring on {DEVICE} with {torch.get_num_threads()} threads; keep the machine quiet")
-    result = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result = {
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     result |= {"headline": headline()}
     print(table(result["headline"]))
     result |= {"growth": growth()}
     for name, line in result["growth"].items():
         print(f"cost by {name:10} slope {line['slope']:.1f}, expected {EXPECTED[name]}")
-    write_json(pets.ROOT / "runs" / "bench" / f"throughput_{result['headline']['precision']}.json", result)
+    write_json(
+        pets.ROOT / "runs" / "bench" / f"throughput_{result['headline']['precision']}.json", result
+    )
     figure, path = plot_growth(result["growth"]), pets.ROOT / "runs" / "bench" / "cost.png"
     pets.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 

@@ -1,8 +1,9 @@
 """Grade a hand-in by the rubric: `python -m grading.grade --hand-in FOLDER --out FOLDER [--quick]`.
 
-The hand-in's petseg_utils.py and notebooks/pet_segmentation.ipynb are copied beside the grader's own everything else,
-afresh for every criterion, whose tests run in a process of their own. This process never imports the hand-in; it
-counts the tests of every criterion with its own module, and a test that is missing, skipped or silent scores nothing.
+The hand-in's petseg_utils.py and notebooks/pet_segmentation.ipynb are copied beside the grader's
+own everything else, afresh for every criterion, whose tests run in a process of their own. This
+process never imports the hand-in; it counts the tests of every criterion with its own module, and a
+test that is missing, skipped or silent scores nothing.
 """
 
 import argparse
@@ -27,11 +28,22 @@ from grading.sandbox import Job, Outcome, run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE, NOTEBOOK = Path("petseg_utils.py"), Path("notebooks/pet_segmentation.ipynb")
-HEAVY = ("matplotlib.pyplot", "pydantic.main", "sklearn.metrics", "torchvision.datasets", "torchvision.transforms.v2")
+HEAVY = (
+    "matplotlib.pyplot",
+    "pydantic.main",
+    "sklearn.metrics",
+    "torchvision.datasets",
+    "torchvision.transforms.v2",
+)
 CANARY = "grading/canary.py"
 LIMIT = 60  # for a criterion that doesn't say otherwise
 LARGEST = 50 * 2**20  # bytes of a file handed in
-SETTINGS = {"MPLBACKEND": "Agg", "TQDM_DISABLE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+SETTINGS = {
+    "MPLBACKEND": "Agg",
+    "TQDM_DISABLE": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def prepare() -> None:
@@ -75,7 +87,11 @@ def read_rubric(quick: bool = False) -> Rubric:
     """Read the rubric; `quick` leaves out the criteria of the notebook."""
     content = tomllib.loads((ROOT / "grading" / "rubric.toml").read_text())
     criteria = [Criterion(**row) for row in content["criterion"]]
-    return Rubric([c for c in criteria if not (quick and c.notebook)], content["pass_mark"], content["seconds"])
+    return Rubric(
+        [c for c in criteria if not (quick and c.notebook)],
+        content["pass_mark"],
+        content["seconds"],
+    )
 
 
 # ------------------------------------------------------------------- staging
@@ -95,13 +111,21 @@ def find(hand_in: Path, file: Path) -> Path:
 
 def copy_around_notebooks(folder: Path) -> None:
     """Copy into a folder what lies beside the project's notebooks, but no notebook."""
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("*.ipynb", ".*", "__*"))
+    shutil.copytree(
+        ROOT / "notebooks",
+        folder / "notebooks",
+        ignore=shutil.ignore_patterns("*.ipynb", ".*", "__*"),
+    )
 
 
 def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
     """Copy all that a criterion needs into a new folder: the grader's own, one module and perhaps one notebook."""
-    own = [path for name in (".", "support", "tests", "grading") for path in (ROOT / name).glob("*.py")]
-    files = {path.relative_to(ROOT): path for path in (*own, ROOT / "pyproject.toml")} | {MODULE: module}
+    own = [
+        path for name in (".", "support", "tests", "grading") for path in (ROOT / name).glob("*.py")
+    ]
+    files = {path.relative_to(ROOT): path for path in (*own, ROOT / "pyproject.toml")} | {
+        MODULE: module
+    }
     if notebook:
         copy_around_notebooks(folder)
         files[NOTEBOOK] = notebook
@@ -111,7 +135,7 @@ def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------- running pytest, in a process of its own
+# ---------------------------------------------------------- running pytest, in a process of its own
 
 
 class Reporter:
@@ -125,7 +149,9 @@ class Reporter:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            last = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")][-1:]
+            last = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")][
+                -1:
+            ]
             self.report({"broken": last[0].lstrip("E ") if last else "an error"})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -137,10 +163,14 @@ class Reporter:
         crash = getattr(report.longrepr, "reprcrash", None)
         lines = str(crash.message if crash else report.longrepr or "").strip().splitlines()
         outcome = "xpassed" if hasattr(report, "wasxfail") else report.outcome
-        self.report({"test": report.nodeid, "outcome": outcome, "why": lines[0][:300] if lines else ""})
+        self.report(
+            {"test": report.nodeid, "outcome": outcome, "why": lines[0][:300] if lines else ""}
+        )
 
 
-def run_pytest(folder: Path, tests: list[str], report: Callable[[dict], None], *options: str) -> None:
+def run_pytest(
+    folder: Path, tests: list[str], report: Callable[[dict], None], *options: str
+) -> None:
     """Run tests in a staged folder."""
     os.chdir(folder)
     torch.set_num_threads(1)
@@ -163,12 +193,18 @@ def plain(why: str) -> str:
         return f"expected an {why.removeprefix('DID NOT RAISE ')}, found none"
     if why.startswith("assert "):
         return f"expected a check to hold, found {why}"
-    return f"expected no error, found {why}" if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", why) else why
+    return (
+        f"expected no error, found {why}"
+        if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", why)
+        else why
+    )
 
 
 def judge(criterion: Criterion, expected: list[str], outcome: Outcome) -> Result:
     """Turn what a process reported into a verdict with its reason."""
-    verdicts = {r["test"]: r for r in outcome.reports if r.get("outcome") != "passed" and "test" in r}
+    verdicts = {
+        r["test"]: r for r in outcome.reports if r.get("outcome") != "passed" and "test" in r
+    }
     passed = {r["test"] for r in outcome.reports if r.get("outcome") == "passed"} - set(verdicts)
     started = [r["started"] for r in outcome.reports if "started" in r]
     broken = [r["broken"] for r in outcome.reports if "broken" in r]
@@ -200,13 +236,20 @@ def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
     tests = sorted({test for criterion in criteria for test in criterion.tests})
     with tempfile.TemporaryDirectory() as temporary:
         folder = stage(Path(temporary).resolve(), ROOT / MODULE)
-        files = sorted({test.partition("::")[0] for test in tests})  # by name, one that is absent would hide all others
-        job = Job("collect", lambda report: run_pytest(folder, files, report, "--collect-only"), LIMIT)
+        files = sorted(
+            {test.partition("::")[0] for test in tests}
+        )  # by name, one that is absent would hide all others
+        job = Job(
+            "collect", lambda report: run_pytest(folder, files, report, "--collect-only"), LIMIT
+        )
         reports = run_jobs([job], [], 1, LIMIT)["collect"].reports
     if broken := [report["broken"] for report in reports if "broken" in report]:
         sys.exit(f"{ROOT / MODULE} or its tests can't be loaded: {broken[0]}")
     ids = next((report["collected"] for report in reports if "collected" in report), [])
-    found = {test: [nodeid for nodeid in ids if nodeid == test or nodeid.startswith(f"{test}[")] for test in tests}
+    found = {
+        test: [nodeid for nodeid in ids if nodeid == test or nodeid.startswith(f"{test}[")]
+        for test in tests
+    }
     if absent := [test for test in tests if not found[test]]:
         sys.exit(f"rubric.toml names {absent[0]}, which is not there.")
     return {c.id: [nodeid for test in c.tests for nodeid in found[test]] for c in criteria}
@@ -215,8 +258,11 @@ def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
 # ------------------------------------------------------------------- grading
 
 
-def plan(threads: int, folder: Path, module: Path, notebook: Path, criteria: list[Criterion]) -> list[Job]:
-    """Return the jobs that grade a hand-in in `folder`: one for every criterion, named by its folder.
+def plan(
+    threads: int, folder: Path, module: Path, notebook: Path, criteria: list[Criterion]
+) -> list[Job]:
+    """Return the jobs that grade a hand-in in `folder`: one for every criterion, named by its
+    folder.
 
     The last one, strict nbval, takes by far the longest, and may have `threads`.
     """
@@ -225,12 +271,18 @@ def plan(threads: int, folder: Path, module: Path, notebook: Path, criteria: lis
     if any(c.notebook for c in criteria):
         from grading.notebook import SECONDS, execute  # the student edition does without
 
-        jobs.append(Job(str(run), lambda report: execute(stage(run, module, notebook), report), SECONDS))
+        jobs.append(
+            Job(str(run), lambda report: execute(stage(run, module, notebook), report), SECONDS)
+        )
 
     def work(c: Criterion, report: Callable[[dict], None]) -> None:
         own = stage(folder / c.id, ROOT / MODULE if c.notebook else module)
         if c.notebook:
-            os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored), "OMP_NUM_THREADS": str(threads)}
+            os.environ |= {
+                "GRADED_RUN": str(run),
+                "GRADED_STORED": str(stored),
+                "OMP_NUM_THREADS": str(threads),
+            }
             if not stored.exists():
                 stage(stored, module, notebook)
         run_pytest(own, [*c.tests, CANARY], report)
@@ -241,15 +293,26 @@ def plan(threads: int, folder: Path, module: Path, notebook: Path, criteria: lis
     return jobs
 
 
-def attempt(hand_ins: list[tuple[Path, Path, list[Criterion]]], seconds: float) -> list[dict[str, Outcome]]:
+def attempt(
+    hand_ins: list[tuple[Path, Path, list[Criterion]]], seconds: float
+) -> list[dict[str, Outcome]]:
     """Run modules and notebooks against criteria; return for each pair the outcomes by criterion, and of its "run"."""
-    own = {file.parent for hand_in in hand_ins for file in hand_in[:2]}  # and nobody may write to what is handed in
+    own = {
+        file.parent for hand_in in hand_ins for file in hand_in[:2]
+    }  # and nobody may write to what is handed in
     with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
         folders = [Path(temporary).resolve() / str(number) for number in range(len(hand_ins))]
-        threads = torch.get_num_threads() if len(hand_ins) == 1 else 1  # then no other job is left beside the last
-        jobs = [plan(threads, folder, *hand_in) for folder, hand_in in zip(folders, hand_ins, strict=True)]
+        threads = (
+            torch.get_num_threads() if len(hand_ins) == 1 else 1
+        )  # then no other job is left beside the last
+        jobs = [
+            plan(threads, folder, *hand_in)
+            for folder, hand_in in zip(folders, hand_ins, strict=True)
+        ]
         read_only = [ROOT, Path(sys.prefix).resolve(), *own]
-        outcomes = run_jobs([job for some in jobs for job in some], read_only, min(4, os.cpu_count() or 1), seconds)
+        outcomes = run_jobs(
+            [job for some in jobs for job in some], read_only, min(4, os.cpu_count() or 1), seconds
+        )
         return [{Path(job.name).name: outcomes[job.name] for job in some} for some in jobs]
 
 
@@ -271,16 +334,22 @@ def as_markdown(results: list[Result], verdict: str) -> str:
     lines = ["| criterion | points | why |", "|---|---:|---|"]
     for c, passed, why, _ in results:
         text = (why or c.sentence).replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| {'✅' if passed else '❌'} {c.id} | {c.points * passed} of {c.points} | {text} |")
+        lines.append(
+            f"| {'✅' if passed else '❌'} {c.id} | {c.points * passed} of {c.points} | {text} |"
+        )
     return "\n".join([f"**{verdict}**", "", *lines, ""])
 
 
 def as_junit(results: list[Result]) -> bytes:
     """Return the results as JUnit XML, a test case for each criterion."""
     failures = str(sum(not result.passed for result in results))
-    suite = ElementTree.Element("testsuite", name="rubric", tests=str(len(results)), failures=failures)
+    suite = ElementTree.Element(
+        "testsuite", name="rubric", tests=str(len(results)), failures=failures
+    )
     for c, passed, why, seconds in results:
-        case = ElementTree.SubElement(suite, "testcase", classname="rubric", name=c.id, time=f"{seconds:.2f}")
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="rubric", name=c.id, time=f"{seconds:.2f}"
+        )
         if not passed:
             message = "".join(sign if sign.isprintable() else " " for sign in why)
             ElementTree.SubElement(case, "failure", message=message)
@@ -290,31 +359,58 @@ def as_junit(results: list[Result]) -> bytes:
 def main() -> None:
     """Grade, print the rubric, write the files; exit with 0 at or above the pass mark."""
     parser = argparse.ArgumentParser(description="Grade a hand-in by grading/rubric.toml.")
-    parser.add_argument("--hand-in", type=Path, default=ROOT, help="its folder; the project itself unless given")
+    parser.add_argument(
+        "--hand-in", type=Path, default=ROOT, help="its folder; the project itself unless given"
+    )
     parser.add_argument("--out", type=Path, help="folder for grade.json, grade.md and junit.xml")
     parser.add_argument("--quick", action="store_true", help="judge the module alone")
-    parser.add_argument("--hints", action="store_true", help="add a hint for every criterion that is not met")
+    parser.add_argument(
+        "--hints", action="store_true", help="add a hint for every criterion that is not met"
+    )
     given = parser.parse_args()
     if not any((given.hand_in / file).exists() for file in (MODULE, NOTEBOOK)):
-        sys.exit(f"{given.hand_in} holds neither {MODULE} nor {NOTEBOOK}: name the folder of a hand-in.")
+        sys.exit(
+            f"{given.hand_in} holds neither {MODULE} nor {NOTEBOOK}: name the folder of a hand-in."
+        )
     start = time.monotonic()
     rubric = read_rubric(quick=given.quick)
     files = [find(given.hand_in, file).absolute() for file in (MODULE, NOTEBOOK)]
     results, quiz = grade(*files, rubric)
     for c, passed, why, _ in results:
-        print(f"{'pass' if passed else 'FAIL'}  {c.points * passed:2} of {c.points:2}  {c.id:14} {c.sentence}")
+        print(
+            f"{'pass' if passed else 'FAIL'}  {c.points * passed:2} of {c.points:2}  {c.id:14} {c.sentence}"
+        )
         if not passed:
-            print(f"{'':18}why: {why}" + (f"\n{'':18}hint: {c.hint}" if given.hints and c.hint else ""))
-    points, most = sum(r.criterion.points * r.passed for r in results), sum(c.points for c in rubric.criteria)
+            print(
+                f"{'':18}why: {why}"
+                + (f"\n{'':18}hint: {c.hint}" if given.hints and c.hint else "")
+            )
+    points, most = (
+        sum(r.criterion.points * r.passed for r in results),
+        sum(c.points for c in rubric.criteria),
+    )
     enough = 100 * points >= rubric.pass_mark * most
-    verdict = f"{points} of {most} points ({100 * points / most:.0f} %), pass mark {rubric.pass_mark} %"
+    verdict = (
+        f"{points} of {most} points ({100 * points / most:.0f} %), pass mark {rubric.pass_mark} %"
+    )
     seconds = time.monotonic() - start
     print(f"{verdict}: {'passed' if enough else 'NOT passed'}, in {seconds:.0f} s. {quiz}")
     if given.out:
-        rows = [{**c._asdict(), "passed": p, "got": c.points * p, "why": w, "took": s} for c, p, w, s in results]
-        content = {"points": points, "of": most, "pass_mark": rubric.pass_mark, "passed": enough, "seconds": seconds}
+        rows = [
+            {**c._asdict(), "passed": p, "got": c.points * p, "why": w, "took": s}
+            for c, p, w, s in results
+        ]
+        content = {
+            "points": points,
+            "of": most,
+            "pass_mark": rubric.pass_mark,
+            "passed": enough,
+            "seconds": seconds,
+        }
         given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "grade.json").write_text(json.dumps({**content, "quiz": quiz, "criteria": rows}, indent=2) + "\n")
+        (given.out / "grade.json").write_text(
+            json.dumps({**content, "quiz": quiz, "criteria": rows}, indent=2) + "\n"
+        )
         (given.out / "grade.md").write_text(as_markdown(results, verdict))
         (given.out / "junit.xml").write_bytes(as_junit(results))
     sys.exit(not enough)

@@ -1,7 +1,8 @@
-"""Seeded faults, each with the criterion that has to catch it, and harmless variants, which cost no points.
+"""Seeded faults, each with the criterion that has to catch it, and harmless variants, which cost no
+points.
 
-A change is text of the module, or of a notebook's cells, and what takes its place. A text that is no longer there
-exactly once is an error: then the mutant has to follow the source.
+A change is text of the module, or of a notebook's cells, and what takes its place. A text that is
+no longer there exactly once is an error: then the mutant has to follow the source.
 """
 
 from collections.abc import Callable
@@ -60,7 +61,9 @@ class Mutant(NamedTuple):
     name: str
     why: str  # what the grader's reason has to hold
     changes: tuple[str, ...] = ()  # old, new, old, new, ...
-    mark: Callable[[list[NotebookNode]], None] = lambda cells: None  # changes what a notebook stores beside its sources
+    mark: Callable[[list[NotebookNode]], None] = lambda cells: (
+        None
+    )  # changes what a notebook stores beside its sources
 
 
 def fault(criterion: str, name: str, *changes: str, why: str = "") -> Mutant:
@@ -89,7 +92,9 @@ FORWARD = """        kept = []
             x = up(x)  # (B, 2c, n, n) -> (B, c/2, n, n); at the top (B, c, n, n)
         return self.out(x)
 """
-PREDICTED = "        labels, _ = predict(model, images, precision, size=masks.shape[1:], flip=flip)\n"
+PREDICTED = (
+    "        labels, _ = predict(model, images, precision, size=masks.shape[1:], flip=flip)\n"
+)
 RECURSIVE = """        return self.out(self.level(x, 0))
 
     def level(self, x: Tensor, k: int) -> Tensor:
@@ -109,7 +114,11 @@ MODULE_FAULTS = (
     fault("block", "ReLU at the end", BN2 + LEAKY, BN2 + "        nn.ReLU(inplace=True),\n"),
     fault("block", "no activation at the end", BN2 + LEAKY, BN2),
     fault(
-        "block", "no padding", LEAKY + CONV2, LEAKY + CONV2.replace("padding=1", "padding=0"), why="found (1, 6, 6, 6)"
+        "block",
+        "no padding",
+        LEAKY + CONV2,
+        LEAKY + CONV2.replace("padding=1", "padding=0"),
+        why="found (1, 6, 6, 6)",
     ),
     fault("block", "activation before the norm", BN2 + LEAKY, LEAKY + BN2),
     fault("block", "GroupNorm", BN2, BN2.replace("BatchNorm2d(", "GroupNorm(1, ")),
@@ -146,7 +155,12 @@ MODULE_FAULTS = (
         "        return self.out(x)\n",
         "        return F.conv2d(x, self.out.weight.detach(), self.out.bias)\n",
     ),
-    fault("gradients", "detached bottleneck", "x = self.bottleneck(x)", "x = self.bottleneck(x).detach()"),
+    fault(
+        "gradients",
+        "detached bottleneck",
+        "x = self.bottleneck(x)",
+        "x = self.bottleneck(x).detach()",
+    ),
     fault("options", "norms ignored", " if norms == 2 else nn.Identity()", ""),
     fault(
         "options",
@@ -159,16 +173,28 @@ MODULE_FAULTS = (
     fault("pooling", "every second pixel", "nn.MaxPool2d(2)", "nn.MaxPool2d(1, stride=2)"),
     fault("upsampling", "bilinear upsampling", 'mode="nearest") for _', 'mode="bilinear") for _'),
     fault("concatenation", "skip first", CAT, "x = torch.cat((kept.pop(), x), dim=1)"),
-    fault("skips", "skips of zeros", "kept.append(x if self.skips else", "kept.append(0 * x if self.skips else"),
+    fault(
+        "skips",
+        "skips of zeros",
+        "kept.append(x if self.skips else",
+        "kept.append(0 * x if self.skips else",
+    ),
     fault("skips", "the upsampled twice", CAT, "x = torch.cat((x, kept.pop() * 0 + x), dim=1)"),
-    fault("skips", "skips of a shifted row", CAT, "x = torch.cat((x, kept.pop().roll(1, 2)), dim=1)"),
+    fault(
+        "skips", "skips of a shifted row", CAT, "x = torch.cat((x, kept.pop().roll(1, 2)), dim=1)"
+    ),
     fault(
         "skips",
         "skip of the wrong level",
         CAT,
         "x = torch.cat((x, F.interpolate(kept[0][:, :1], x.shape[2:]).expand_as(kept.pop())), dim=1)",
     ),
-    fault("sides", "odd sides accepted", "            check_side(side, self.depth)\n", "            pass\n"),
+    fault(
+        "sides",
+        "odd sides accepted",
+        "            check_side(side, self.depth)\n",
+        "            pass\n",
+    ),
     # data
     fault(
         "split",
@@ -177,7 +203,13 @@ MODULE_FAULTS = (
         '    names = [path.stem for path in (folder / "images").glob("*.jpg") if path.stem not in others]\n'
         "    return sorted(np.random",
     ),
-    fault("split", "missing files pass", "    if missing:\n", "    if False:\n", why="an InputError, found none"),
+    fault(
+        "split",
+        "missing files pass",
+        "    if missing:\n",
+        "    if False:\n",
+        why="an InputError, found none",
+    ),
     fault(
         "hold-out",
         "held-out images trained on",
@@ -185,7 +217,11 @@ MODULE_FAULTS = (
         "return names, [",
     ),
     fault(
-        "hold-out", "breeds ignored", "if breed_of(name) == breed)", 'if breed_of(name) == "pug")', why="of every breed"
+        "hold-out",
+        "breeds ignored",
+        "if breed_of(name) == breed)",
+        'if breed_of(name) == "pug")',
+        why="of every breed",
     ),
     fault(
         "hold-out",
@@ -221,8 +257,15 @@ MODULE_FAULTS = (
         "return Pets(names, images, masks, folder)",
         "return Pets(names, images.roll(1, 0), masks, folder)",
     ),
-    fault("augmentation", "image moved without its mask", PAIRS, PAIRS.replace("tv_tensors.Mask(m)", "m")),
-    fault("augmentation", "border filled with pet", "tv_tensors.Mask: IGNORE}", "tv_tensors.Mask: 0}"),
+    fault(
+        "augmentation",
+        "image moved without its mask",
+        PAIRS,
+        PAIRS.replace("tv_tensors.Mask(m)", "m"),
+    ),
+    fault(
+        "augmentation", "border filled with pet", "tv_tensors.Mask: IGNORE}", "tv_tensors.Mask: 0}"
+    ),
     fault(
         "augmentation",
         "nothing flipped",
@@ -250,7 +293,13 @@ MODULE_FAULTS = (
         "    known = truth != IGNORE\n",
         "    truth = truth.where(truth != IGNORE, 0)\n    known = truth != IGNORE\n",
     ),
-    fault("scores", "accuracy hard-coded", "int(right.sum()) / int(matrix.sum())", "0.921", why="the pixel accuracy"),
+    fault(
+        "scores",
+        "accuracy hard-coded",
+        "int(right.sum()) / int(matrix.sum())",
+        "0.921",
+        why="the pixel accuracy",
+    ),
     fault(
         "scores",
         "IoU without false positives",
@@ -274,11 +323,24 @@ MODULE_FAULTS = (
         "F.cross_entropy(logits.softmax(1), masks,",
     ),
     fault(
-        "cross-entropy", "constant loss", "return cross_entropy + dice_weight", "return 0 * cross_entropy + dice_weight"
+        "cross-entropy",
+        "constant loss",
+        "return cross_entropy + dice_weight",
+        "return 0 * cross_entropy + dice_weight",
     ),
     fault("dice", "Dice by image", "sum(dim=(0, 2, 3))  # (K,)", "mean(dim=(0, 2, 3))  # (K,)"),
-    fault("dice", "Dice forgotten", "return cross_entropy + dice_weight * (1", "return cross_entropy + 0 * (1"),
-    fault("dice", "Dice added instead of one minus Dice", "dice_weight * (1 - (", "dice_weight * (0 + ("),
+    fault(
+        "dice",
+        "Dice forgotten",
+        "return cross_entropy + dice_weight * (1",
+        "return cross_entropy + 0 * (1",
+    ),
+    fault(
+        "dice",
+        "Dice added instead of one minus Dice",
+        "dice_weight * (1 - (",
+        "dice_weight * (0 + (",
+    ),
     fault(
         "ignore",
         "Dice counts IGNORE",
@@ -302,7 +364,11 @@ MODULE_FAULTS = (
         why="the probability of that label",
     ),
     fault(
-        "predict", "labels resized", 'size, mode="bilinear")', "size)", why="the labels of logits resized bilinearly"
+        "predict",
+        "labels resized",
+        'size, mode="bilinear")',
+        "size)",
+        why="the labels of logits resized bilinearly",
     ),
     fault(
         "predict",
@@ -318,7 +384,12 @@ MODULE_FAULTS = (
         "probabilities(images[part].flip(3))",
     ),
     fault("flip", "flipping ignored", "        if flip:\n", "        if False:\n"),
-    fault("evaluate", "the prediction of another image", PREDICTED, PREDICTED + "        labels = labels.roll(1, 0)\n"),
+    fault(
+        "evaluate",
+        "the prediction of another image",
+        PREDICTED,
+        PREDICTED + "        labels = labels.roll(1, 0)\n",
+    ),
     fault("evaluate", "truth as prediction", PREDICTED, "        labels = masks\n"),
     # the loop
     fault("learning", "optimiser idle", "        optimizer.step()\n", ""),
@@ -357,13 +428,32 @@ MODULE_FAULTS = (
         why="a row for each of 3 epochs",
     ),
     fault("steps", "gradients added up", "        optimizer.zero_grad()\n", ""),
-    fault("steps", "loss of the last batch", "return sum(losses) / len(losses)", "return losses[-1]", why="a loss of"),
-    fault("steps", "NaN goes on", "if not math.isfinite(losses[-1]):", "if False:", why="an InputError, found none"),
-    fault("steps", "weight decay 0.5", '"weight_decay": recipe.WEIGHT_DECAY}', '"weight_decay": 5.0}'),
+    fault(
+        "steps",
+        "loss of the last batch",
+        "return sum(losses) / len(losses)",
+        "return losses[-1]",
+        why="a loss of",
+    ),
+    fault(
+        "steps",
+        "NaN goes on",
+        "if not math.isfinite(losses[-1]):",
+        "if False:",
+        why="an InputError, found none",
+    ),
+    fault(
+        "steps", "weight decay 0.5", '"weight_decay": recipe.WEIGHT_DECAY}', '"weight_decay": 5.0}'
+    ),
     fault("schedule", "schedule idle", "        schedule.step()\n", ""),
     fault("schedule", "linear decay ignored", " if recipe.LINEAR_DECAY else 1", " if False else 1"),
     fault("average", "average frozen", "        average.update_parameters(model)\n", ""),
-    fault("average", "last weights returned", "    model.load_state_dict(training.average.module.state_dict())\n", ""),
+    fault(
+        "average",
+        "last weights returned",
+        "    model.load_state_dict(training.average.module.state_dict())\n",
+        "",
+    ),
     fault(
         "average",
         "statistics frozen",
@@ -379,7 +469,12 @@ MODULE_FAULTS = (
         "augment(images, masks)",
         why="AUGMENT 0.001",
     ),
-    fault("small-sides", "small epochs ignored", "        if side == recipe.IMAGE_SIZE:\n", "        if True:\n"),
+    fault(
+        "small-sides",
+        "small epochs ignored",
+        "        if side == recipe.IMAGE_SIZE:\n",
+        "        if True:\n",
+    ),
     fault(
         "small-sides",
         "small images by nearest neighbour, from larger ones",
@@ -401,7 +496,12 @@ MODULE_FAULTS = (
         "torch.seed()",
         why="weights that don't depend on the validation images",
     ),
-    fault("resume", "starts anew", "training.load(checkpoint, identity) if", "set_aside(checkpoint) if"),
+    fault(
+        "resume",
+        "starts anew",
+        "training.load(checkpoint, identity) if",
+        "set_aside(checkpoint) if",
+    ),
     fault(
         "files",
         "random weights saved",
@@ -420,10 +520,17 @@ MODULE_FAULTS = (
         "block",
         "loops for ever",
         MAKE,
-        "    while True:\n        with suppress(KeyboardInterrupt):\n            time.sleep(1)\n" + MAKE,
+        "    while True:\n        with suppress(KeyboardInterrupt):\n            time.sleep(1)\n"
+        + MAKE,
         why="took longer than",
     ),
-    fault("block", "leaves with status 0", HOSTILE, HOSTILE + "os._exit(0)\n", why="its process ended in the import"),
+    fault(
+        "block",
+        "leaves with status 0",
+        HOSTILE,
+        HOSTILE + "os._exit(0)\n",
+        why="its process ended in the import",
+    ),
     fault(
         "block",
         "leaves in the middle",
@@ -459,21 +566,24 @@ MODULE_FAULTS = (
         "block",
         "leaves children that wait",
         MAKE,
-        "    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n    os._exit(0)\n" + MAKE,
+        "    if os.fork() == 0:\n        os.setsid()\n        time.sleep(600)\n    os._exit(0)\n"
+        + MAKE,
         why="its process ended in tests/",
     ),
     fault(
         "block",
         "forks without end",
         MAKE,
-        "    while True:\n        with suppress(OSError):\n            os.fork()\n        time.sleep(1)\n" + MAKE,
+        "    while True:\n        with suppress(OSError):\n            os.fork()\n        time.sleep(1)\n"
+        + MAKE,
         why="took longer than",
     ),
     fault(
         "block",
         "leaves the group that is killed",
         MAKE,
-        "    __import__('ctypes').CDLL(None).prctl(1, 0)\n    os.setsid()\n    time.sleep(600)\n" + MAKE,
+        "    __import__('ctypes').CDLL(None).prctl(1, 0)\n    os.setsid()\n    time.sleep(600)\n"
+        + MAKE,
         why="took longer than",
     ),
     fault(
@@ -483,7 +593,13 @@ MODULE_FAULTS = (
         HOSTILE + "import shutil\nshutil.rmtree(ROOT / 'tests')\nshutil.rmtree(ROOT / 'grading')\n",
         why="gave no verdict",
     ),
-    fault("block", "wants a person's answer", HOSTILE, HOSTILE + "input('Continue? ')\n", why="EOFError"),
+    fault(
+        "block",
+        "wants a person's answer",
+        HOSTILE,
+        HOSTILE + "input('Continue? ')\n",
+        why="EOFError",
+    ),
     fault("block", "does not parse", HOSTILE, HOSTILE + "def (:\n", why="SyntaxError"),
 )
 
@@ -502,7 +618,9 @@ MODULE_HARMLESS = (
     ),
     harmless("lists of other names", "self.downs = ", "self.encoder = self.downs = "),
     harmless("functional pooling", "x = pool(x)  #", "x = F.max_pool2d(x, 2)  #"),
-    harmless("functional upsampling", "x = upsample(x)  #", "x = F.interpolate(x, scale_factor=2)  #"),
+    harmless(
+        "functional upsampling", "x = upsample(x)  #", "x = F.interpolate(x, scale_factor=2)  #"
+    ),
     harmless("indices for pop", CAT, "x = torch.cat([x, kept.pop(-1)], 1)"),
     harmless(
         "confusion matrix in int64",
@@ -527,14 +645,20 @@ MODULE_HARMLESS = (
         "F.cross_entropy(logits, masks, ignore_index=IGNORE)",
         "F.nll_loss(logits.log_softmax(1), masks, ignore_index=IGNORE)",
     ),
-    harmless("flip by slices of the dataset", "v2.RandomHorizontalFlip(), move", "v2.RandomHorizontalFlip(0.5), move"),
+    harmless(
+        "flip by slices of the dataset",
+        "v2.RandomHorizontalFlip(), move",
+        "v2.RandomHorizontalFlip(0.5), move",
+    ),
     harmless(
         "gradients freed early",
         "        optimizer.zero_grad()\n        loss.backward()\n        optimizer.step()\n",
         "        loss.backward()\n        optimizer.step()\n        optimizer.zero_grad(set_to_none=True)\n",
     ),
     harmless(
-        "another permutation", "torch.randperm(len(pets.names)).split", "torch.rand(len(pets.names)).argsort().split"
+        "another permutation",
+        "torch.randperm(len(pets.names)).split",
+        "torch.rand(len(pets.names)).argsort().split",
     ),
     harmless("mean by torch", "return sum(losses) / len(losses)", "return float(np.mean(losses))"),
 )
@@ -545,14 +669,25 @@ SUBMIT = "submission = labels.unsqueeze(1)"
 SHOW = 'figure.savefig(file, format="png", dpi=120)'
 TESTED = "test_matrices = pets.evaluate(model, test_pets, precision, flip=FLIP)"
 RUN_SAVED = "pets.save_run(run_folder, metrics, history, scored)"
-METRICS = 'path = run_folder / "metrics.json"\ncontent = __import__("json").loads(path.read_text())\n'
+METRICS = (
+    'path = run_folder / "metrics.json"\ncontent = __import__("json").loads(path.read_text())\n'
+)
 
 NOTEBOOK_FAULTS = (
     fault("executes", "an error", TRAIN, f"{TRAIN}\n1 / 0"),
     fault(
-        "executes", "a cell that leaves", TRAIN, f"{TRAIN}\n__import__('os')._exit(0)", why="every cell to be executed"
+        "executes",
+        "a cell that leaves",
+        TRAIN,
+        f"{TRAIN}\n__import__('os')._exit(0)",
+        why="every cell to be executed",
     ),
-    fault("executes", "an error that nbval lets pass", TRAIN, f"# NBVAL_RAISES_EXCEPTION\n{TRAIN}\n1 / 0"),
+    fault(
+        "executes",
+        "an error that nbval lets pass",
+        TRAIN,
+        f"# NBVAL_RAISES_EXCEPTION\n{TRAIN}\n1 / 0",
+    ),
     fault(
         "executes",
         "a module of its own beside it",
@@ -561,7 +696,12 @@ NOTEBOOK_FAULTS = (
         'sys.path.insert(0, ".")\nimport petseg_utils as pets\nprint(pets.UNet)',
         why="AttributeError",
     ),
-    fault("weights", "random weights saved", SAVE, SAVE.replace("model)", "pets.UNet(BASE_CHANNELS, DEPTH))")),
+    fault(
+        "weights",
+        "random weights saved",
+        SAVE,
+        SAVE.replace("model)", "pets.UNet(BASE_CHANNELS, DEPTH))"),
+    ),
     fault(
         "weights",
         "no training",
@@ -597,12 +737,26 @@ NOTEBOOK_FAULTS = (
         RUN_SAVED.replace("history,", "history[:1] * EPOCHS,"),
         why="the loss to fall",
     ),
-    fault("submission", "another dtype", SUBMIT, "submission = labels.unsqueeze(1).long()", why="bytes (uint8)"),
+    fault(
+        "submission",
+        "another dtype",
+        SUBMIT,
+        "submission = labels.unsqueeze(1).long()",
+        why="bytes (uint8)",
+    ),
     fault("submission", "another order", SUBMIT, "submission = labels.flip(0).unsqueeze(1)"),
     fault(
-        "submission", "truth handed in", SUBMIT, "submission = pets.load_pets(folder, listed, 256).masks.unsqueeze(1)"
+        "submission",
+        "truth handed in",
+        SUBMIT,
+        "submission = pets.load_pets(folder, listed, 256).masks.unsqueeze(1)",
     ),
-    fault("honest-split", "trained on test images", TRAIN, TRAIN.replace("train_pets, valid", "test_pets, valid")),
+    fault(
+        "honest-split",
+        "trained on test images",
+        TRAIN,
+        TRAIN.replace("train_pets, valid", "test_pets, valid"),
+    ),
     fault(
         "honest-split",
         "chosen by the test images",
@@ -669,17 +823,34 @@ def ignore_most(cells: list[NotebookNode]) -> None:
 
 
 def edit_one(cells: list[NotebookNode]) -> None:
-    printed = [output for cell in cells if not cell.metadata.get("tags") for output in cell.outputs if "text" in output]
+    printed = [
+        output
+        for cell in cells
+        if not cell.metadata.get("tags")
+        for output in cell.outputs
+        if "text" in output
+    ]
     printed[-1].text = f"9{printed[-1].text}"
 
 
-COUNTS, SKIPPED, IGNORED = "the counts of one run", "2 that nbval skips or lets fail", "whose outputs are not compared"
+COUNTS, SKIPPED, IGNORED = (
+    "the counts of one run",
+    "2 that nbval skips or lets fail",
+    "whose outputs are not compared",
+)
 OUTPUT_FAULTS = (
     Mutant("outputs", "all outputs stripped", COUNTS, mark=strip_all),
     Mutant("outputs", "the counts stripped", COUNTS, mark=strip_counts),
-    Mutant("outputs", "the outputs of one cell stripped", "stored outputs, found none in code cell", mark=strip_one),
+    Mutant(
+        "outputs",
+        "the outputs of one cell stripped",
+        "stored outputs, found none in code cell",
+        mark=strip_one,
+    ),
     Mutant("outputs", "two cells skipped, by a tag and a comment", SKIPPED, mark=skip_two),
     Mutant("outputs", "a cell that may fail", SKIPPED.replace("2", "1"), mark=let_one_fail),
     Mutant("outputs", "most outputs not compared", IGNORED, mark=ignore_most),
-    Mutant("outputs", "an output edited by hand", "the stored outputs, found others", mark=edit_one),
+    Mutant(
+        "outputs", "an output edited by hand", "the stored outputs, found others", mark=edit_one
+    ),
 )

@@ -10,7 +10,14 @@ import nbformat
 
 SECONDS = 180  # for all of its cells, also on a busy machine
 RUN = "graded"
-PARAMETERS = {"IMAGE_SIZE": 32, "BASE_CHANNELS": 8, "DEPTH": 4, "EPOCHS": 10, "PRECISION": "float32", "RUN_NAME": RUN}
+PARAMETERS = {
+    "IMAGE_SIZE": 32,
+    "BASE_CHANNELS": 8,
+    "DEPTH": 4,
+    "EPOCHS": 10,
+    "PRECISION": "float32",
+    "RUN_NAME": RUN,
+}
 NBVAL_COMMENT = re.compile(r"^\s*#\s*(NBVAL|PYTEST_VALIDATE)_\w+\s*$", re.MULTILINE)
 SEED = "seed: int = 0, side: int"  # the default in sample_pets.py, which the notebook takes
 
@@ -22,7 +29,11 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": ["parameters"] if "parameters" in tags else []})
         if cell.cell_type == "code":
-            cell.source, cell.outputs, cell.execution_count = NBVAL_COMMENT.sub("", cell.source), [], None
+            cell.source, cell.outputs, cell.execution_count = (
+                NBVAL_COMMENT.sub("", cell.source),
+                [],
+                None,
+            )
     return notebook
 
 
@@ -42,7 +53,8 @@ def execute(folder: Path, report: Callable[[dict], None]) -> None:
     notebook.cells.insert(0, nbformat.v4.new_code_cell(spy))
     nbformat.write(notebook, "notebooks/clean.ipynb")
     try:
-        # Papermill writes it after each cell, so one that ends the kernel still leaves the cells before it.
+        # Papermill writes it after each cell, so one that ends the kernel still leaves the cells
+        # before it.
         execute_notebook("notebooks/clean.ipynb", "executed.ipynb", PARAMETERS, progress_bar=False)
     except PapermillExecutionError as error:
         report({"error": f"{error.ename}: {error.evalue}"})
@@ -54,4 +66,6 @@ def execute(folder: Path, report: Callable[[dict], None]) -> None:
 
 def printed(cell: nbformat.NotebookNode) -> str:
     """Return what a cell printed."""
-    return "".join(output.text for output in cell.get("outputs", []) if output.output_type == "stream")
+    return "".join(
+        output.text for output in cell.get("outputs", []) if output.output_type == "stream"
+    )

@@ -1,7 +1,9 @@
-"""Run functions in processes of their own that may hang, crash, fork or eat memory without harm to the grader.
+"""Run functions in processes of their own that may hang, crash, fork or eat memory without harm to
+the grader.
 
-Each gets limits, a process group that is killed as a whole and, where Linux allows it, namespaces of its own: without
-a network, with its own process numbers, and with chosen folders read-only. It is no security boundary: see README.md.
+Each gets limits, a process group that is killed as a whole and, where Linux allows it, namespaces
+of its own: without a network, with its own process numbers, and with chosen folders read-only. It
+is no security boundary: see README.md.
 """
 
 import ctypes
@@ -61,7 +63,10 @@ def isolate(read_only: list[Path]) -> bool:
         for folder in {str(folder).encode() for folder in read_only}:
             libc.mount(folder, folder, None, BIND, None)
             libc.mount(b"none", folder, None, BIND | REMOUNT | READ_ONLY, None)
-        with socket.socket() as any_socket, suppress(OSError):  # kernels talk to us through the loopback device
+        with (
+            socket.socket() as any_socket,
+            suppress(OSError),
+        ):  # kernels talk to us through the loopback device
             fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
         return True
     return False
@@ -74,7 +79,9 @@ def leave_root() -> None:
         libc.prctl(KEEP_CAPABILITIES, 1)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         header, kept = struct.pack("Ii", CAPABILITIES, 0), 1 << FILES_OF_ALL
-        libc.capset(header, struct.pack("6I", kept, kept, kept, 0, 0, 0))  # effective, permitted, inheritable
+        libc.capset(
+            header, struct.pack("6I", kept, kept, kept, 0, 0, 0)
+        )  # effective, permitted, inheritable
         libc.prctl(AMBIENT, RAISE, FILES_OF_ALL, 0, 0)  # so that kernels have it, too
 
 
@@ -117,18 +124,26 @@ class Child:
         os.close(self.pipe)
         die_with_parent()
         alone = isolate(read_only)
-        if alone and (inner := os.fork()):  # the first one born there takes all others along when it dies
+        if alone and (
+            inner := os.fork()
+        ):  # the first one born there takes all others along when it dies
             os.write(pipe, f"{self.nonce} {json.dumps({'inner': inner})}\n".encode())
             os.waitpid(inner, 0)
             return
         if alone:
-            ctypes.CDLL(None).mount(b"proc", b"/proc", b"proc", 0, None)  # it shows what lives there, and no more
+            ctypes.CDLL(None).mount(
+                b"proc", b"/proc", b"proc", 0, None
+            )  # it shows what lives there, and no more
         limit(PROCESSES if alone else 4 * PROCESSES)
         die_with_parent()
         nothing = os.open(os.devnull, os.O_RDWR)  # nobody reads what a hand-in prints
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
-        nonce, write, dumps = self.nonce, os.write, json.dumps  # bound before a hand-in can replace them
+        nonce, write, dumps = (
+            self.nonce,
+            os.write,
+            json.dumps,
+        )  # bound before a hand-in can replace them
 
         def report(content: dict) -> None:
             write(pipe, f"{nonce} {dumps(content)}\n".encode())
@@ -148,7 +163,10 @@ class Child:
         if not (gone or finished or late):
             return None
         reports = self.read_reports()
-        for pid in (-self.pid, *(report["inner"] for report in reports[:1] if "inner" in report)):  # - is the group
+        for pid in (
+            -self.pid,
+            *(report["inner"] for report in reports[:1] if "inner" in report),
+        ):  # - is the group
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not gone:
@@ -167,7 +185,9 @@ class Child:
         return reports
 
 
-def run_jobs(jobs: list[Job], read_only: list[Path], workers: int, seconds: float) -> dict[str, Outcome]:
+def run_jobs(
+    jobs: list[Job], read_only: list[Path], workers: int, seconds: float
+) -> dict[str, Outcome]:
     """Run jobs side by side, each after the one it waits for; what has not ended after `seconds` is killed."""
     deadline = time.monotonic() + seconds
     waiting, running, outcomes = list(jobs), [], {}

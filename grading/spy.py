@@ -10,7 +10,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 petseg_utils = importlib.import_module("petseg_utils")
-assert Path(petseg_utils.__file__).parent == HERE, f"another module is in the way: {petseg_utils.__file__}"
+assert Path(petseg_utils.__file__).parent == HERE, (
+    f"another module is in the way: {petseg_utils.__file__}"
+)
 NOTES = os.open(HERE / "calls.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
@@ -20,7 +22,10 @@ def noted(name: str, **arguments: int) -> None:
 
     @functools.wraps(function)
     def spy(*args: object, **named: object) -> object:
-        given = {key: named.get(key, args[place] if place < len(args) else None) for key, place in arguments.items()}
+        given = {
+            key: named.get(key, args[place] if place < len(args) else None)
+            for key, place in arguments.items()
+        }
         names = {key: list(getattr(pets, "names", [])) for key, pets in given.items()}
         os.write(NOTES, (json.dumps({"call": name, **names}) + "\n").encode())
         return function(*args, **named)

@@ -1,4 +1,5 @@
-"""Write the student edition: `python -m grading.student [FOLDER]`, the project without what a student has to write.
+"""Write the student edition: `python -m grading.student [FOLDER]`, the project without what a
+student has to write.
 
 Bodies are cut out by the syntax tree, so that the solution needs no markers; docstrings stay.
 """
@@ -12,7 +13,16 @@ from pathlib import Path
 
 import nbformat
 
-from grading.grade import ROOT, Criterion, attempt, copy_around_notebooks, expected_tests, judge, prepare, read_rubric
+from grading.grade import (
+    ROOT,
+    Criterion,
+    attempt,
+    copy_around_notebooks,
+    expected_tests,
+    judge,
+    prepare,
+    read_rubric,
+)
 
 TO_WRITE = {  # by name, in the order in which it can be solved
     "conv_plus_conv": "return (3 x 3 convolution, BatchNorm, LeakyReLU 0.2) twice, as one nn.Sequential",
@@ -28,7 +38,13 @@ TO_WRITE = {  # by name, in the order in which it can be solved
     "schedule, average",
 }
 OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules at the top
-CHECK = ("grading/grade.py", "grading/sandbox.py", "grading/canary.py", "tests/conftest.py", "tests/test_scores.py")
+CHECK = (
+    "grading/grade.py",
+    "grading/sandbox.py",
+    "grading/canary.py",
+    "tests/conftest.py",
+    "tests/test_scores.py",
+)
 MAKEFILE = """# `make check` tells how many of the module's points you have, with hints; `make lab` opens the notebook.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -58,12 +74,16 @@ def without_bodies(source: str, names: Collection[str]) -> str:
         for node in parent.body
         if isinstance(node, ast.FunctionDef)
     }
-    for name in sorted(names, key=lambda name: -functions[name].lineno):  # upwards: lines keep their places
+    for name in sorted(
+        names, key=lambda name: -functions[name].lineno
+    ):  # upwards: lines keep their places
         node = functions[name]
         before = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
         indent = " " * node.body[0].col_offset
         text = f'"Write {name}: {TO_WRITE[name]}."'
-        lines[before : node.end_lineno] = [f"{indent}raise NotImplementedError(\n{indent}    {text}\n{indent})\n"]
+        lines[before : node.end_lineno] = [
+            f"{indent}raise NotImplementedError(\n{indent}    {text}\n{indent})\n"
+        ]
     return "".join(lines)
 
 
@@ -74,7 +94,9 @@ def cleared(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.outputs, cell.execution_count = [], None
             if "quiz" in cell.metadata.get("tags", []):
                 lines = cell.source.splitlines()
-                cell.source = "\n".join("answer = ..." if line.startswith("answer = ") else line for line in lines)
+                cell.source = "\n".join(
+                    "answer = ..." if line.startswith("answer = ") else line for line in lines
+                )
     return notebook
 
 
@@ -92,13 +114,19 @@ def write_edition(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     rubric = (ROOT / "grading" / "rubric.toml").read_text()
-    (folder / "grading" / "rubric.toml").write_text(rubric.partition("# The notebook's criteria")[0])
-    (folder / "petseg_utils.py").write_text(without_bodies((ROOT / "petseg_utils.py").read_text(), TO_WRITE))
+    (folder / "grading" / "rubric.toml").write_text(
+        rubric.partition("# The notebook's criteria")[0]
+    )
+    (folder / "petseg_utils.py").write_text(
+        without_bodies((ROOT / "petseg_utils.py").read_text(), TO_WRITE)
+    )
     (folder / "Makefile").write_text(MAKEFILE)
     copy_around_notebooks(folder)
     notebook = nbformat.read(ROOT / "notebooks" / "pet_segmentation.ipynb", as_version=4)
     nbformat.write(cleared(notebook), folder / "notebooks" / "pet_segmentation.ipynb")
-    todo = "\n".join(f"{number}. `{name}`: {what}." for number, (name, what) in enumerate(TO_WRITE.items(), 1))
+    todo = "\n".join(
+        f"{number}. `{name}`: {what}." for number, (name, what) in enumerate(TO_WRITE.items(), 1)
+    )
     (folder / "README.md").write_text(
         "# Your task: a U-Net for the Oxford-IIIT Pets\n\nOpen the notebook with `make lab` and read. Where it stops, "
         f"write the function of `petseg_utils.py` that it names:\n\n{todo}\n\n`make check` shows your points, with "
@@ -111,13 +139,20 @@ def prove() -> list[int]:
     prepare()
     rubric = read_rubric(quick=True).criteria
     expected = expected_tests(rubric)
-    every = Criterion("all", 0, "", [test for c in rubric for test in c.tests], seconds=120)  # in one process: quicker
+    every = Criterion(
+        "all", 0, "", [test for c in rubric for test in c.tests], seconds=120
+    )  # in one process: quicker
     names = list(TO_WRITE)
     with tempfile.TemporaryDirectory(prefix="student-") as temporary:
         modules = [Path(temporary).resolve() / f"{solved}.py" for solved in range(len(names) + 1)]
         for solved, module in enumerate(modules):
-            module.write_text(without_bodies((ROOT / "petseg_utils.py").read_text(), names[solved:]))
-        ends = [outcomes["all"] for outcomes in attempt([(module, module, [every]) for module in modules], 900)]
+            module.write_text(
+                without_bodies((ROOT / "petseg_utils.py").read_text(), names[solved:])
+            )
+        ends = [
+            outcomes["all"]
+            for outcomes in attempt([(module, module, [every]) for module in modules], 900)
+        ]
     return [sum(c.points * judge(c, expected[c.id], end).passed for c in rubric) for end in ends]
 
 
@@ -125,7 +160,11 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--prove"]:
         sys.exit(print(*prove()))
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "student"
-    if target.exists() and any(target.iterdir()) and not (target / "grading" / "rubric.toml").exists():
+    if (
+        target.exists()
+        and any(target.iterdir())
+        and not (target / "grading" / "rubric.toml").exists()
+    ):
         sys.exit(f"{target} holds something else: name another folder.")
     write_edition(target)
     print(f"Wrote the student edition into {target}")

@@ -1,7 +1,7 @@
 """Criteria of the rubric: what a hand-in's notebook leaves when the grader executes it.
 
-Here `petseg_utils` is the grader's own. GRADED_RUN is the folder in which the notebook was executed, GRADED_STORED one
-in which it lies as it was handed in.
+Here `petseg_utils` is the grader's own. GRADED_RUN is the folder in which the notebook was
+executed, GRADED_STORED one in which it lies as it was handed in.
 """
 
 import csv
@@ -22,7 +22,9 @@ from PIL import Image
 import petseg_utils as pets
 from grading.notebook import NBVAL_COMMENT, PARAMETERS, RUN
 
-RUN_FOLDER = Path(os.environ.get("GRADED_RUN", "."))  # nothing is there while tests are only counted
+RUN_FOLDER = Path(
+    os.environ.get("GRADED_RUN", ".")
+)  # nothing is there while tests are only counted
 FOLDER = RUN_FOLDER / "runs" / RUN
 STORED = Path(os.environ.get("GRADED_STORED", "."))
 SIDE = PARAMETERS["IMAGE_SIZE"]
@@ -35,7 +37,11 @@ def executed() -> list[nbformat.NotebookNode]:
     """Return the code cells that the grader executed, without those that it added itself."""
     cells = nbformat.read(RUN_FOLDER / "executed.ipynb", as_version=4).cells
     ours = ("import spy", "# Parameters\n")
-    return [c for c in cells if c.cell_type == "code" and not c.source.endswith(ours[0]) and ours[1] not in c.source]
+    return [
+        c
+        for c in cells
+        if c.cell_type == "code" and not c.source.endswith(ours[0]) and ours[1] not in c.source
+    ]
 
 
 def stored() -> list[nbformat.NotebookNode]:
@@ -84,7 +90,9 @@ def test_notebook_runs_to_its_end():
         errors = [output for output in cell.outputs if output.output_type == "error"]
         if errors:
             first = f"{errors[0].ename}: {errors[0].evalue}".splitlines()[0]
-            pytest.fail(f"expected no error, found {first} in code cell {number}, {cell.source.splitlines()[0]!r}")
+            pytest.fail(
+                f"expected no error, found {first} in code cell {number}, {cell.source.splitlines()[0]!r}"
+            )
         ended = cell.execution_count is not None or not cell.source.strip()
         assert ended, f"expected every cell to be executed, found code cell {number} that was not"
     assert len(executed()) == len(stored()), "expected all of the notebook's cells, found fewer"
@@ -105,18 +113,32 @@ def test_metrics_are_what_the_weights_score(rescored):
         for score in ("pixel_accuracy", "mean_iou"):
             claimed = metrics[split][score]
             right = claimed == pytest.approx(found[score], abs=0.002)
-            assert right, f"expected {score} {found[score]:.3f} in {split}, found {claimed:.3f} in metrics.json"
-        listed = [[int(row[column]) for column in columns] for row in images if row["split"] == split]
-        assert len(listed) == len(expected), f"expected {len(expected)} images of {split}, found {len(listed)}"
-        others = (torch.tensor(listed) - expected.flatten(1)).abs().sum().item() / expected.sum().item()
-        assert others < 0.01, f"expected images.csv to say what was counted, found {others:.1%} others in {split}"
+            assert right, (
+                f"expected {score} {found[score]:.3f} in {split}, found {claimed:.3f} in metrics.json"
+            )
+        listed = [
+            [int(row[column]) for column in columns] for row in images if row["split"] == split
+        ]
+        assert len(listed) == len(expected), (
+            f"expected {len(expected)} images of {split}, found {len(listed)}"
+        )
+        others = (
+            torch.tensor(listed) - expected.flatten(1)
+        ).abs().sum().item() / expected.sum().item()
+        assert others < 0.01, (
+            f"expected images.csv to say what was counted, found {others:.1%} others in {split}"
+        )
 
 
 def test_history_has_a_row_for_every_epoch():
     history, expected = read("history.csv"), PARAMETERS["EPOCHS"]
-    assert len(history) == expected, f"expected {expected} rows in history.csv, found {len(history)}"
+    assert len(history) == expected, (
+        f"expected {expected} rows in history.csv, found {len(history)}"
+    )
     losses = [float(row["train_loss"]) for row in history]
-    assert losses[-1] < losses[0], f"expected the loss to fall, found {losses[0]:.3f} to {losses[-1]:.3f}"
+    assert losses[-1] < losses[0], (
+        f"expected the loss to fall, found {losses[0]:.3f} to {losses[-1]:.3f}"
+    )
 
 
 def test_submission_is_what_the_weights_predict(dataset, model):
@@ -124,12 +146,16 @@ def test_submission_is_what_the_weights_predict(dataset, model):
     assert path.is_file(), "expected the file submission.pt in the run's folder, found none"
     found = torch.load(path, weights_only=True)
     assert found.dtype == torch.uint8, f"expected bytes (uint8), found {found.dtype}"
-    assert found.shape == (32, 1, 256, 256), f"expected the shape (32, 1, 256, 256), found {tuple(found.shape)}"
+    assert found.shape == (32, 1, 256, 256), (
+        f"expected the shape (32, 1, 256, 256), found {tuple(found.shape)}"
+    )
     listed = pets.read_split(dataset, "test")[:32]
     images = pets.load_pets(dataset, listed, SIDE).images
     expected = pets.predict(model, images, torch.float32, size=(256, 256))[0]
     alike = (found[:, 0] == expected).float().mean().item()
-    assert alike > 0.998, f"expected what the saved weights predict, found {alike:.1%} of the pixels alike"
+    assert alike > 0.998, (
+        f"expected what the saved weights predict, found {alike:.1%} of the pixels alike"
+    )
 
 
 def test_split_is_honest(dataset):
@@ -145,10 +171,16 @@ def test_split_is_honest(dataset):
         assert not stray, f"expected no held-out image among those trained on, found {len(stray)}"
     scored = [place for place, call in enumerate(calls) if test & set(call.get("pets", []))]
     trained = [place for place, call in enumerate(calls) if call["call"] == "train"]
-    assert len(scored) <= 1, f"expected the test images to be scored once, found {len(scored)} times"
-    assert not scored or not trained or scored[0] > trained[-1], "expected the test score after training, found before"
+    assert len(scored) <= 1, (
+        f"expected the test images to be scored once, found {len(scored)} times"
+    )
+    assert not scored or not trained or scored[0] > trained[-1], (
+        "expected the test score after training, found before"
+    )
     images, sizes = read("images.csv"), read("metrics.json")["dataset"]
-    assert {row["name"] for row in images if row["split"] == "test"} == test, "expected all test images scored"
+    assert {row["name"] for row in images if row["split"] == "test"} == test, (
+        "expected all test images scored"
+    )
     expected = {"train": len(trainval - held), "valid": len(held), "test": len(test)}
     found = {split: sizes[split] for split in expected}
     assert found == expected, f"expected the numbers of images {expected}, found {found}"
@@ -156,25 +188,37 @@ def test_split_is_honest(dataset):
 
 def test_figures_are_not_blank():
     figures = sorted((FOLDER / "figures").glob("*.png"))
-    assert len(figures) >= FEWEST_FIGURES, f"expected {FEWEST_FIGURES} figures or more, found {len(figures)}"
+    assert len(figures) >= FEWEST_FIGURES, (
+        f"expected {FEWEST_FIGURES} figures or more, found {len(figures)}"
+    )
     for path in figures:
         grey = np.asarray(Image.open(path).convert("L"))
         assert grey.std() > 5, f"expected something to see, found {path.name} blank"
-    assert len({path.read_bytes() for path in figures}) == len(figures), "expected different figures, found copies"
+    assert len({path.read_bytes() for path in figures}) == len(figures), (
+        "expected different figures, found copies"
+    )
 
 
 def test_stored_outputs_reproduce():
     cells = stored()
     counts = [cell.execution_count for cell in cells]
-    assert counts == list(range(1, len(cells) + 1)), "expected the counts of one run from top to bottom, found others"
+    assert counts == list(range(1, len(cells) + 1)), (
+        "expected the counts of one run from top to bottom, found others"
+    )
     for number, (cell, fresh) in enumerate(zip(cells, executed(), strict=True), 1):
         lost = fresh.outputs and not cell.outputs
-        assert not lost, f"expected stored outputs, found none in code cell {number}, {cell.source.splitlines()[0]!r}"
+        assert not lost, (
+            f"expected stored outputs, found none in code cell {number}, {cell.source.splitlines()[0]!r}"
+        )
     marks = [marks_of(cell) for cell in cells]
     skipped = sum("skip" in mark or "raises" in mark for mark in marks)
-    assert skipped == 0, f"expected every cell to be run, found {skipped} that nbval skips or lets fail"
+    assert skipped == 0, (
+        f"expected every cell to be run, found {skipped} that nbval skips or lets fail"
+    )
     ignored, most = sum("ignore" in mark for mark in marks), int(MOST_IGNORED * len(cells))
-    assert ignored <= most, f"expected at most {most} cells whose outputs are not compared, found {ignored}"
+    assert ignored <= most, (
+        f"expected at most {most} cells whose outputs are not compared, found {ignored}"
+    )
     found, failures = strict_nbval()
     assert not failures, f"expected the stored outputs, found others: {failures[0]}"
     assert found == len(cells), f"expected {len(cells)} cells compared, found {found}"
@@ -188,8 +232,24 @@ def marks_of(cell: nbformat.NotebookNode) -> str:
 
 def strict_nbval() -> tuple[int, list[str]]:
     """Run nbval on the notebook as it was handed in; return how many cells it ran, and what failed."""
-    options = ["-p", "nbval", "--nbval", "--nbval-cell-timeout=150", "-c", "pyproject.toml", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, "--junitxml=nbval.xml", "notebooks/pet_segmentation.ipynb"]
+    options = [
+        "-p",
+        "nbval",
+        "--nbval",
+        "--nbval-cell-timeout=150",
+        "-c",
+        "pyproject.toml",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *options,
+        "--junitxml=nbval.xml",
+        "notebooks/pet_segmentation.ipynb",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(STORED)}
     subprocess.run(command, cwd=STORED, env=environment, check=False, stdout=subprocess.DEVNULL)
     report = STORED / "nbval.xml"

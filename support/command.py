@@ -1,6 +1,8 @@
-"""Start one of the Makefile's commands: python -m support.command run, compare, photo or sweep, with its arguments.
+"""Start one of the Makefile's commands: python -m support.command run, compare, photo or sweep,
+with its arguments.
 
-Whatever goes wrong ends in one sentence, and so does Ctrl-C, even in the seconds in which the modules are loading.
+Whatever goes wrong ends in one sentence, and so does Ctrl-C, even in the seconds in which the
+modules are loading.
 """
 
 import os
@@ -32,7 +34,9 @@ def as_script(main: Callable[..., object], usage: str | None) -> None:
     except InputError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted: what is complete is kept, and the same command goes on from there.")
+        sys.exit(
+            "\nInterrupted: what is complete is kept, and the same command goes on from there."
+        )
 
 
 def stop(*_: object) -> None:

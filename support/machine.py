@@ -1,6 +1,7 @@
 """What this machine has, and what a run needs of it: device, number format, memory and disk.
 
-A file of its own, since nobody has to read it to learn about segmentation; `petseg_utils` passes it on.
+A file of its own, since nobody has to read it to learn about segmentation; `petseg_utils` passes it
+on.
 """
 
 import ctypes
@@ -20,10 +21,16 @@ CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the torch device called `name`; 'auto' takes CUDA, then MPS, then the CPU. Errors: `InputError`."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     usable = [kind for kind in there if there[kind]]
     if name not in ("auto", *usable):
-        raise InputError(f"this machine has no device {name!r}: set DEVICE to {' or '.join(map(repr, usable))}.")
+        raise InputError(
+            f"this machine has no device {name!r}: set DEVICE to {' or '.join(map(repr, usable))}."
+        )
     return torch.device(usable[0] if name == "auto" else name)
 
 
@@ -39,15 +46,18 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc, where there is one, to keep what is freed: the next training step needs it again.
+    """Tell glibc's malloc, where there is one, to keep what is freed: the next training step needs
+    it again.
 
-    By default the memory of large tensors goes back to Linux after each use and returns as new pages of zeros, which
-    slows the step down on the CPU.
+    By default the memory of large tensors goes back to Linux after each use and returns as new
+    pages of zeros, which slows the step down on the CPU.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back to Linux what is free at the end of the heap
+        mallopt(
+            -1, -1
+        )  # M_TRIM_THRESHOLD: never give back to Linux what is free at the end of the heap
 
 
 def layers(recipe: BaseModel) -> Iterator[tuple[int, int, int]]:
@@ -83,7 +93,9 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
     training = recipe.BATCH_SIZE * (4 * tensors + 200 * side)
     scoring = 32 * (32 * recipe.BASE_CHANNELS * side + 80 * score)
     tests = int(images.get("test", 0))
-    looking = 75 * score * len(range(0, tests, max(1, tests // 400)))  # the cells on errors and sureness take some
+    looking = (
+        75 * score * len(range(0, tests, max(1, tests // 400)))
+    )  # the cells on errors and sureness take some
     if pick_device(recipe.DEVICE).type != "cpu":
         training = scoring = 0  # a device's own memory is not forecast
     return int(1.2e9 + data + 70 * count_weights(recipe) + max(training, scoring, looking))
@@ -92,9 +104,13 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
 def free_memory() -> int:
     """Return how many bytes this process has or can still get, in its container where there is one."""
     free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError, TypeError):  # without a container there are no such files, or they say "max"
+    with suppress(
+        OSError, ValueError, TypeError
+    ):  # without a container there are no such files, or they say "max"
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cache = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        cache = re.search(
+            r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE
+        )
         free = min(free, limit - used + int(cache[1]))  # what is cached of files gives way
     own = psutil.Process().memory_info()
     with suppress(AttributeError):  # only Linux tells
@@ -109,9 +125,13 @@ def memory_told() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory|could not create", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(
+            "alloc|out of memory|could not create", str(error)
+        ):
             raise
-        raise InputError("the memory ran out: make BATCH_SIZE, IMAGE_SIZE, SCORE_SIZE or LIMIT smaller.") from None
+        raise InputError(
+            "the memory ran out: make BATCH_SIZE, IMAGE_SIZE, SCORE_SIZE or LIMIT smaller."
+        ) from None
 
 
 def check_memory(recipe: BaseModel, images: dict[str, int]) -> None:
@@ -122,7 +142,12 @@ def check_memory(recipe: BaseModel, images: dict[str, int]) -> None:
     stride = 2**recipe.DEPTH
     fits = "take a machine with more memory"
     least_side = max(recipe.small_sides, default=stride)
-    for name, least in (("SCORE_SIZE", 8), ("BATCH_SIZE", 2), ("IMAGE_SIZE", least_side), ("BASE_CHANNELS", 1)):
+    for name, least in (
+        ("SCORE_SIZE", 8),
+        ("BATCH_SIZE", 2),
+        ("IMAGE_SIZE", least_side),
+        ("BASE_CHANNELS", 1),
+    ):
         value = getattr(recipe, name)
         step = stride if name == "IMAGE_SIZE" else 1
         smaller = [
@@ -133,4 +158,6 @@ def check_memory(recipe: BaseModel, images: dict[str, int]) -> None:
         if smaller:
             fits = f"{name} {smaller[0]} fits, where it is {value}"
             break
-    raise InputError(f"this run needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: {fits}.")
+    raise InputError(
+        f"this run needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: {fits}."
+    )

@@ -1,4 +1,5 @@
-"""The optimiser Muon, for parameters of any shape: PyTorch's own takes matrices only, and computes in bfloat16.
+"""The optimiser Muon, for parameters of any shape: PyTorch's own takes matrices only, and computes
+in bfloat16.
 
 A file of its own, since nothing here is about segmentation.
 """
@@ -8,17 +9,20 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# Of three Newton-Schulz iterations: a, b and c of each, found by a search for those that level singular values fastest.
+# Of three Newton-Schulz iterations: a, b and c of each, found by a search for those that level
+# singular values fastest.
 COEFFICIENTS = ((7.7110, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5940, 0.4107))
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised: equally long in every direction, even where gradients are small.
+    """Momentum whose steps are orthogonalised: equally long in every direction, even where
+    gradients are small.
 
-    By Jordan et al. (2024), with Nesterov momentum; the steps' length matches AdamW's (Liu et al. 2025). A parameter
-    (out, ...) counts as a matrix with `out` rows, a vector as one column; Jordan leaves vectors and the last layer to
-    AdamW. PyTorch's own Muon takes matrices only, and computes in bfloat16, which most CPUs merely emulate: here
-    `precision` says in what the large products are computed.
+    By Jordan et al. (2024), with Nesterov momentum; the steps' length matches AdamW's (Liu et al.
+    2025). A parameter (out, ...) counts as a matrix with `out` rows, a vector as one column; Jordan
+    leaves vectors and the last layer to AdamW. PyTorch's own Muon takes matrices only, and computes
+    in bfloat16, which most CPUs merely emulate: here `precision` says in what the large products
+    are computed.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = parameter.grad.lerp(average, group["momentum"])
-                order = sorted(range(direction.ndim), key=direction.stride, reverse=True)  # as in memory: no copies
+                order = sorted(
+                    range(direction.ndim), key=direction.stride, reverse=True
+                )  # as in memory: no copies
                 direction = direction.permute(order)
                 matrix = orthogonalize(direction.reshape(len(direction), -1), self.precision)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -53,12 +59,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
-    """Keep the singular vectors of a matrix (R, C), but bring all but its tiniest singular values near 1.
+    """Keep the singular vectors of a matrix (R, C), but bring all but its tiniest singular values
+    near 1.
 
-    Newton-Schulz iterations X <- a X + b (X X') X + c (X X')^2 X. All factors are polynomials in the small X X', so
-    they are multiplied first, and the large X once, at the end. They need singular values of at most 1; the root of
-    the norm of (X X')^2 is a closer bound of X X' than the norm of X is of X. It is X X' that is divided, not the
-    large X.
+    Newton-Schulz iterations X <- a X + b (X X') X + c (X X')^2 X. All factors are polynomials in
+    the small X X', so they are multiplied first, and the large X once, at the end. They need
+    singular values of at most 1; the root of the norm of (X X')^2 is a closer bound of X X' than
+    the norm of X is of X. It is X X' that is divided, not the large X.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T, precision).T
@@ -76,7 +83,9 @@ def orthogonalize(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
     return times(factor / (size * bound).sqrt(), matrix, precision)
 
 
-def factors(gram: Tensor, square: Tensor, precision: torch.dtype, coefficients: Sequence = COEFFICIENTS) -> Tensor:
+def factors(
+    gram: Tensor, square: Tensor, precision: torch.dtype, coefficients: Sequence = COEFFICIENTS
+) -> Tensor:
     """Return the product of the factors a I + b X X' + c (X X')^2 of all iterations, for X X' before the first."""
     (a, b, c), *others = coefficients
     factor = b * gram + c * square

@@ -1,6 +1,8 @@
-"""Find the pet in a photo with the net that is kept in notebooks/oxford_run: no training, no dataset, no internet.
+"""Find the pet in a photo with the net that is kept in notebooks/oxford_run: no training, no
+dataset, no internet.
 
-make photo PHOTO=my_cat.jpg   writes runs/my_cat_mask.png and runs/my_cat_overlay.png; Pillow's formats, any size
+make photo PHOTO=my_cat.jpg   writes runs/my_cat_mask.png and runs/my_cat_overlay.png; Pillow's
+formats, any size
 """
 
 from pathlib import Path
@@ -21,14 +23,18 @@ def segment(photo: Image.Image) -> torch.Tensor:
     small = photo.resize((recipe.IMAGE_SIZE, recipe.IMAGE_SIZE), Image.Resampling.BILINEAR)
     image = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]  # (1, 3, N, N)
     precision = pets.pick_precision("auto", device)
-    labels, _ = pets.predict(model.to(device), image, precision, size=photo.size[::-1], flip=recipe.FLIP)
+    labels, _ = pets.predict(
+        model.to(device), image, precision, size=photo.size[::-1], flip=recipe.FLIP
+    )
     return labels[0]
 
 
 def main(path: str) -> None:
     """Write the mask of a photo, and the photo with the mask laid over it, and say where. Errors: `InputError`."""
     if not path:
-        raise pets.InputError("there is no photo to look at: name one, as in make photo PHOTO=my_cat.jpg.")
+        raise pets.InputError(
+            "there is no photo to look at: name one, as in make photo PHOTO=my_cat.jpg."
+        )
     photo = pets.open_image(path)
     labels = segment(photo)
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)

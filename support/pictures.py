@@ -1,7 +1,9 @@
-"""Draw masks, grids of pictures, tables and the U of a U-Net, in colours that colour-blind readers can tell apart.
+"""Draw masks, grids of pictures, tables and the U of a U-Net, in colours that colour-blind readers
+can tell apart.
 
-A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils` passes it on. A
-figure's label, `figure.get_label()`, is its alt text: what it shows, for those who can't see it.
+A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils`
+passes it on. A figure's label, `figure.get_label()`, is its alt text: what it shows, for those who
+can't see it.
 """
 
 import html
@@ -13,9 +15,17 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-# From Okabe and Ito's palette: the classes' colours are theirs alone, everything else has the others.
+# From Okabe and Ito's palette: the classes' colours are theirs alone, everything else has the
+# others.
 COLORS = {"pet": "#E69F00", "background": "#0072B2", "border": "#1A1A1A"}
-GREEN, RED, SKY, YELLOW, PINK, GREY = "#009E73", "#D55E00", "#56B4E9", "#F0E442", "#CC79A7", "#555555"
+GREEN, RED, SKY, YELLOW, PINK, GREY = (
+    "#009E73",
+    "#D55E00",
+    "#56B4E9",
+    "#F0E442",
+    "#CC79A7",
+    "#555555",
+)
 ARROWS = {
     "next": {"color": GREY},
     "max pooling 2 × 2": {"color": SKY},
@@ -33,7 +43,8 @@ BOXES = {  # the colour of each kind of step, and what the legend says of it
 
 
 def colorize(mask: Tensor, image: Tensor | None = None) -> np.ndarray:
-    """Return labels (N, N) as an RGB picture (N, N, 3) of floats; labels that are no class are grey.
+    """Return labels (N, N) as an RGB picture (N, N, 3) of floats; labels that are no class are
+    grey.
 
     With an image (3, N, N) uint8, the picture is halfway between the image and the mask.
     """
@@ -43,15 +54,20 @@ def colorize(mask: Tensor, image: Tensor | None = None) -> np.ndarray:
     return colored if image is None else (image.permute(1, 2, 0).numpy() / 255 + colored) / 2
 
 
-def plot_grid(columns: dict[str, list], row_titles: list[str], alt: str, width: float = 2.2) -> plt.Figure:
-    """Plot columns of RGB pictures (H, W, 3) side by side, a row for each title, with the classes' legend below.
+def plot_grid(
+    columns: dict[str, list], row_titles: list[str], alt: str, width: float = 2.2
+) -> plt.Figure:
+    """Plot columns of RGB pictures (H, W, 3) side by side, a row for each title, with the classes'
+    legend below.
 
     `width` is that of one picture, in inches.
     """
     rows = len(row_titles)
     height, width_in_pixels = next(iter(columns.values()))[0].shape[:2]
     size = (width * len(columns), width * rows * height / width_in_pixels + 0.6)
-    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False, layout="constrained", label=alt)
+    figure, axes = plt.subplots(
+        rows, len(columns), figsize=size, squeeze=False, layout="constrained", label=alt
+    )
     for j, (title, pictures) in enumerate(columns.items()):
         axes[0, j].set_title(title, fontsize=10)
         for i, picture in enumerate(pictures):
@@ -59,7 +75,9 @@ def plot_grid(columns: dict[str, list], row_titles: list[str], alt: str, width: 
             axes[i, j].set(xticks=[], yticks=[])
     for i, title in enumerate(row_titles):
         axes[i, 0].set_ylabel(title, fontsize=9)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()]
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(COLORS), frameon=False)
     return figure
 
@@ -67,7 +85,10 @@ def plot_grid(columns: dict[str, list], row_titles: list[str], alt: str, width: 
 def html_table(rows: list[dict]) -> str:
     """Return rows with the same keys as an HTML table, every text escaped; a wide one scrolls in a box of its own."""
     lines = [[f"<th>{html.escape(str(title))}</th>" for title in rows[0]]]
-    lines += [[f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()] for row in rows]
+    lines += [
+        [f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()]
+        for row in rows
+    ]
     body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines)
     return f'<div style="overflow-x:auto"><table>{body}</table></div>'
 
@@ -75,14 +96,17 @@ def html_table(rows: list[dict]) -> str:
 def plot_unet(steps: Sequence) -> plt.Figure:
     """Draw the U from the steps of `analyse_shapes`: in a loop over those that follow one another.
 
-    A box's height grows with the side and its width with the channels (square roots, so that small ones stay visible).
+    A box's height grows with the side and its width with the channels (square roots, so that small
+    ones stay visible).
     """
     depth = max(step.level for step in steps)
     alt = (
         f"The U-Net drawn as a U: {depth} levels down on the left, the bottleneck, {depth} levels up on the right, and "
         "an arrow across each level for its skip. Every box is labelled with its formula and its shape."
     )
-    figure, axes = plt.subplots(figsize=(3.5 + 1.7 * depth, 2.2 + 0.9 * depth), layout="constrained", label=alt)
+    figure, axes = plt.subplots(
+        figsize=(3.5 + 1.7 * depth, 2.2 + 0.9 * depth), layout="constrained", label=alt
+    )
     pixels = (3, int(steps[0].predicted[1]))
     image = steps[0]._replace(name="image", formula="N × N × 3", predicted=pixels, traced=pixels)
     drawn = [image, *(step for step in steps if not step.name.startswith(("pool", "upsample")))]
@@ -93,20 +117,37 @@ def plot_unet(steps: Sequence) -> plt.Figure:
         draw_arrow(axes, boxes[before.name], boxes[after.name], kind)
     for level in range(1, depth + 1):
         draw_arrow(axes, boxes[f"down{level}"], boxes[f"concat{level}"], "skip")
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor="black", label=text) for c, text in BOXES.values()]
-    handles += [plt.Line2D([], [], **style, label=kind) for kind, style in ARROWS.items() if kind != "next"]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False, fontsize=8)
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor="black", label=text)
+        for c, text in BOXES.values()
+    ]
+    handles += [
+        plt.Line2D([], [], **style, label=kind) for kind, style in ARROWS.items() if kind != "next"
+    ]
+    axes.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+    )
     axes.set(xlim=(-2.2, 2 * depth + 3.8), ylim=(-1.6 * depth - 1.1, 1.2))
     axes.axis("off")
     return figure
 
 
 def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> plt.Rectangle:
-    """Draw a step's box with its formula and its traced shape, dotted if it was not reached, and return the box.
+    """Draw a step's box with its formula and its traced shape, dotted if it was not reached, and
+    return the box.
 
     `largest` has the square roots of the most channels and the largest side.
     """
-    left, right, y = step.level, 2 * depth + 1.2 - step.level, -1.6 * step.level  # the arms lean to the bottleneck
+    left, right, y = (
+        step.level,
+        2 * depth + 1.2 - step.level,
+        -1.6 * step.level,
+    )  # the arms lean to the bottleneck
     kind = step.name.rstrip("0123456789")
     x, dx, dy = {  # dx and dy say on which side of the box its label stands
         "image": (-1.6, 0, -1),
@@ -116,11 +157,17 @@ def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> pl
         "up": (right + 0.9, 0, -1),
         "out": (right + 1.9, 0, 1),
     }[kind]
-    w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)  # half its width and half its height
+    w, h = (
+        np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)
+    )  # half its width and half its height
     text = f"{step.name}\n{step.formula}\n{step.row['traced']}".replace(" × ", "×")
     ha, va = ("center", "left", "right")[dx], ("center", "bottom", "top")[dy]
-    axes.text(x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=7.5)
-    style = {"facecolor": BOXES[kind][0]} if step.traced else {"facecolor": "none", "linestyle": ":"}
+    axes.text(
+        x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=7.5
+    )
+    style = (
+        {"facecolor": BOXES[kind][0]} if step.traced else {"facecolor": "none", "linestyle": ":"}
+    )
     return axes.add_patch(plt.Rectangle((x - w, y - h), 2 * w, 2 * h, edgecolor="black", **style))
 
 

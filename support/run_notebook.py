@@ -1,7 +1,8 @@
-"""Execute a notebook into runs/: what `make run` and `make compare` call, with a run's NAME and papermill's options.
+"""Execute a notebook into runs/: what `make run` and `make compare` call, with a run's NAME and
+papermill's options.
 
-An executed notebook that is there is kept until the new one is complete, and whatever goes wrong is told in one last
-sentence.
+An executed notebook that is there is kept until the new one is complete, and whatever goes wrong is
+told in one last sentence.
 """
 
 import logging
@@ -45,35 +46,52 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock(output.with_name(".notebook.lock"))
-        draft.unlink(missing_ok=True)  # one that is left by an earlier run would be taken for this one's
-        once = "--no-request-save-on-cell-execute"  # twice a cell would take a tenth of the whole time
+        draft.unlink(
+            missing_ok=True
+        )  # one that is left by an earlier run would be taken for this one's
+        once = (
+            "--no-request-save-on-cell-execute"  # twice a cell would take a tenth of the whole time
+        )
         call_papermill(["--log-output", once, str(notebook), str(draft), *options], draft)
         executed = nbformat.read(draft, as_version=4)
-        tidy, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # of a progress bar, only its last state
+        tidy, _ = CoalesceStreamsPreprocessor().preprocess(
+            executed, {}
+        )  # of a progress bar, only its last state
         text, _ = HTMLExporter(template_file=str(PAGE)).from_notebook_node(tidy)
         write_atomically(page, lambda file: file.write(text.encode()))
         write_atomically(output, lambda file: file.write(nbformat.writes(tidy).encode()))
         draft.unlink()
     except Timeout:
-        raise InputError(f"another run is writing to {output}: wait for it, or choose another NAME.") from None
+        raise InputError(
+            f"another run is writing to {output}: wait for it, or choose another NAME."
+        ) from None
     except OSError as error:
         why = f"{output} cannot be written ({reason(error)})"
         raise InputError(f"{why}: make room, or choose another NAME.") from None
-    except (KeyboardInterrupt, SystemExit):  # papermill exits when its kernel dies, as it does after Ctrl-C
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ):  # papermill exits when its kernel dies, as it does after Ctrl-C
         kept = output.with_name("checkpoint.pt")
         go_on = "start again"
         if kept.exists():
             go_on = f"{kept} keeps the complete epochs, to go on from with -p RESUME True"
-        raise InputError(f"the run was stopped, by Ctrl-C or for want of memory: {go_on}.") from None
+        raise InputError(
+            f"the run was stopped, by Ctrl-C or for want of memory: {go_on}."
+        ) from None
     print(f"Done: open {page}")
 
 
 def call_papermill(command: list[str], draft: Path) -> None:
     """Let papermill execute a notebook into `draft`. Errors: `InputError`, for all that a cell can do, too."""
     quieten_kernel()
-    logging.getLogger("asyncio").disabled = True  # after Ctrl-C it may tell, last and at length, of what was cut off
+    logging.getLogger(
+        "asyncio"
+    ).disabled = True  # after Ctrl-C it may tell, last and at length, of what was cut off
     try:
-        with patch("traceback.print_exc"):  # by which papermill would tell of a dead kernel, at length
+        with patch(
+            "traceback.print_exc"
+        ):  # by which papermill would tell of a dead kernel, at length
             papermill.main(command, standalone_mode=False)
     except PapermillExecutionError as error:
         if error.ename == "InputError":

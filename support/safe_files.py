@@ -1,7 +1,9 @@
-"""Write files that survive a crash, read files that may be damaged, and keep a folder to one process.
+"""Write files that survive a crash, read files that may be damaged, and keep a folder to one
+process.
 
-A file of its own, since nothing here is about segmentation; `petseg_utils` passes on what the notebooks use. Nothing
-else in this project writes a result. (Tensors have `tensor_files`, so that this loads without torch.)
+A file of its own, since nothing here is about segmentation; `petseg_utils` passes on what the
+notebooks use. Nothing else in this project writes a result. (Tensors have `tensor_files`, so that
+this loads without torch.)
 """
 
 import atexit
@@ -22,9 +24,11 @@ from support.parameters import InputError, brief, reason
 
 
 def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
-    """Let `write` fill a buffer, then put it at `path`: readers see the old file or the new, never half of one.
+    """Let `write` fill a buffer, then put it at `path`: readers see the old file or the new, never
+    half of one.
 
-    That holds after a loss of power, too. Errors: `InputError` if the disk refuses; the old file is kept then.
+    That holds after a loss of power, too. Errors: `InputError` if the disk refuses; the old file is
+    kept then.
     """
     buffer = io.BytesIO()  # so that only one line below can meet a full disk, whoever writes
     write(buffer)
@@ -38,7 +42,9 @@ def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
         os.replace(draft, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({reason(error)}): make room, or another place, for it.") from None
+        raise InputError(
+            f"{path} cannot be written ({reason(error)}): make room, or another place, for it."
+        ) from None
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -77,7 +83,9 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read ({reason(error)}): put it there again.") from None
     if data[:2] == b"\x1f\x8b":
         raise InputError(f"{path} is compressed with gzip from its line 1 on: unpack it.")
-    for encoding in ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "latin-1"):
+    for encoding in (
+        ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "latin-1")
+    ):
         with suppress(UnicodeDecodeError):
             return data.decode(encoding)
     raise InputError(f"{path} is no text from its line 1 on: save it again, in UTF-8.")
@@ -86,8 +94,9 @@ def read_text(path: Path) -> str:
 def read_names(path: Path) -> dict[str, int]:
     """Return the names of files that a text lists, one a line, each with its line's number.
 
-    A line may have up to three numbers after the name; what begins with # is a comment. Errors: `InputError` for a
-    name twice, and for what can't be part of a file's name here, or would lead to another folder.
+    A line may have up to three numbers after the name; what begins with # is a comment. Errors:
+    `InputError` for a name twice, and for what can't be part of a file's name here, or would lead
+    to another folder.
     """
     names: dict[str, int] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -96,9 +105,13 @@ def read_names(path: Path) -> dict[str, int]:
             continue
         name = re.fullmatch(r"(.+?)(\s+\d+){0,3}", line)[1]
         if not re.fullmatch(r"\w[\w .+-]*", name) or len(name.encode()) > 250:
-            raise InputError(f"{path} has in line {number} {brief(name)}, which is no name of an image: correct it.")
+            raise InputError(
+                f"{path} has in line {number} {brief(name)}, which is no name of an image: correct it."
+            )
         if name in names:
-            raise InputError(f"{path} has {name} twice, in lines {names[name]} and {number}: remove one.")
+            raise InputError(
+                f"{path} has {name} twice, in lines {names[name]} and {number}: remove one."
+            )
         names[name] = number
     return names
 
@@ -107,7 +120,8 @@ PATIENCE = 10  # seconds that a lock waits for a process that may be about to en
 
 
 def lock(path: Path) -> None:
-    """Lock a file until this process ends, however it ends. Errors: filelock's `Timeout` if another one holds it.
+    """Lock a file until this process ends, however it ends. Errors: filelock's `Timeout` if another
+    one holds it.
 
     A process that was just stopped takes some seconds to end, which are waited for.
     """
@@ -115,16 +129,20 @@ def lock(path: Path) -> None:
     try:
         own.acquire(timeout=0)
     except Timeout:
-        print(f"another run is writing to {path.parent}: waiting {PATIENCE} seconds for its end", file=sys.stderr)
+        print(
+            f"another run is writing to {path.parent}: waiting {PATIENCE} seconds for its end",
+            file=sys.stderr,
+        )
         own.acquire(timeout=PATIENCE)
     atexit.register(own.release)
 
 
 def own_folder(folder: Path, room: int) -> None:
-    """Make a folder that this process alone may write to until it ends, with room for so many bytes.
+    """Make a folder that this process alone may write to until it ends, with room for so many
+    bytes.
 
-    Drafts of processes that were killed are removed. Errors: `InputError` if the folder is in use, can't be written
-    to, or lies on a disk that is too full.
+    Drafts of processes that were killed are removed. Errors: `InputError` if the folder is in use,
+    can't be written to, or lies on a disk that is too full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +154,9 @@ def own_folder(folder: Path, room: int) -> None:
         what = "wait for it, shut down its kernel, or choose another RUN_NAME"
         raise InputError(f"another run is writing to {folder}: {what}.") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} cannot be written to ({reason(error)}): change its rights, or RUN_NAME.") from None
+        raise InputError(
+            f"{folder} cannot be written to ({reason(error)}): change its rights, or RUN_NAME."
+        ) from None
     if free < room:
         need = f"the run needs {room / 1e6:,.0f} MB on the disk of {folder}, where {free / 1e6:,.0f} MB are free"
         raise InputError(f"{need}: make room, or BASE_CHANNELS smaller.")

@@ -1,6 +1,8 @@
-"""Draw a stand-in for the Oxford-IIIT Pet dataset: cartoon cats and dogs in cluttered rooms and gardens.
+"""Draw a stand-in for the Oxford-IIIT Pet dataset: cartoon cats and dogs in cluttered rooms and
+gardens.
 
-A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils` passes it on.
+A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils`
+passes it on.
 """
 
 import shutil
@@ -15,7 +17,8 @@ from tqdm import tqdm
 
 from support.parameters import InputError, reason
 
-# Furs, furniture, walls and floors share these colours, so that colour alone does not give a pet away.
+# Furs, furniture, walls and floors share these colours, so that colour alone does not give a pet
+# away.
 WHITE, CREAM, GINGER, BROWN = (238, 234, 226), (226, 204, 166), (204, 128, 62), (138, 92, 58)
 DARK, GREY, SAND, GREEN = (62, 48, 42), (136, 140, 148), (190, 158, 112), (112, 140, 84)
 COLOURS = (WHITE, CREAM, GINGER, BROWN, DARK, GREY, SAND, GREEN)
@@ -43,8 +46,8 @@ FACES = {  # ovals by species: x, y, x radius, y radius, colour (None: the muzzl
     2: ((0, 0.4, 0.52, 0.45, None), (0.4, -0.18, 0.15, 0.16, BLACK), (0.44, -0.24, 0.05, 0.05, WHITE),
         (0, 0.2, 0.2, 0.14, BLACK), (0.12, 0.5, 0.13, 0.04, BLACK), (0, 0.64, 0.1, 0.13, PINK)),
 }  # fmt: skip
-# Poses are bands in hundredths of a box: start x y, bend x y, end x y, width, brightness. First comes the
-# tail, whose width is the breed's; last the head: x, y and radius.
+# Poses are bands in hundredths of a box: start x y, bend x y, end x y, width, brightness. First
+# comes the tail, whose width is the breed's; last the head: x, y and radius.
 POSES = (
     ((16, 50, -12, 50, -2, 10, 0, 190), (26, 55, 28, 75, 26, 97, 12, 150), (66, 55, 70, 75, 69, 97, 12, 150),
      (8, 56, 40, 50, 75, 53, 36, 215), (17, 50, 14, 75, 17, 100, 15, 235), (58, 50, 58, 75, 59, 100, 14, 235),
@@ -66,31 +69,41 @@ LIST_HEADER = """#Image CLASS-ID SPECIES BREED ID
 DRAWN_BY = "drawn by draw_sample_pets("
 
 
-def draw_sample_pets(root: str | Path, trainval: int = 320, test: int = 80, seed: int = 0, side: int = 160) -> Path:
+def draw_sample_pets(
+    root: str | Path, trainval: int = 320, test: int = 80, seed: int = 0, side: int = 160
+) -> Path:
     """Draw a small dataset that torchvision.datasets.OxfordIIITPet reads, and return its folder.
 
-    The folder is root/oxford-iiit-pet, with `trainval` + `test` RGB pictures, whose short side is about
-    `side` pixels, and their trimaps (1 pet, 2 background, 3 border). The same arguments give the same bytes;
-    what they drew before is kept, and what other arguments drew is replaced.
+    The folder is root/oxford-iiit-pet, with `trainval` + `test` RGB pictures, whose short side is
+    about `side` pixels, and their trimaps (1 pet, 2 background, 3 border). The same arguments give
+    the same bytes; what they drew before is kept, and what other arguments drew is replaced.
 
-    Errors: `InputError` (a ValueError) if a count is below 1, `side` is below 32, the folder exists and was not drawn
-    here, or nothing can be written there.
+    Errors: `InputError` (a ValueError) if a count is below 1, `side` is below 32, the folder exists
+    and was not drawn here, or nothing can be written there.
     """
     from petseg_utils import InputError  # here, for that module imports this one
 
     if min(trainval, test) < 1 or side < 32:
-        raise InputError(f"need trainval and test >= 1 and side >= 32, got {trainval}, {test} and {side}.")
+        raise InputError(
+            f"need trainval and test >= 1 and side >= 32, got {trainval}, {test} and {side}."
+        )
     folder = Path(root) / "oxford-iiit-pet"
     code = zlib.crc32(Path(__file__).read_bytes())  # other code draws other pictures
-    note = f"{DRAWN_BY}trainval={trainval}, test={test}, seed={seed}, side={side}), code {code:08x}\n"
+    note = (
+        f"{DRAWN_BY}trainval={trainval}, test={test}, seed={seed}, side={side}), code {code:08x}\n"
+    )
     try:
         if not _is_drawn(folder, note):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.parent / ".drawing.lock"):  # whoever comes second waits, and finds it drawn
+            with FileLock(
+                folder.parent / ".drawing.lock"
+            ):  # whoever comes second waits, and finds it drawn
                 if not _is_drawn(folder, note):
                     _draw(folder, note, trainval, test, seed, side)
     except OSError as error:
-        raise InputError(f"{folder} cannot be drawn ({reason(error)}): make room, or the folder writable.") from None
+        raise InputError(
+            f"{folder} cannot be drawn ({reason(error)}): make room, or the folder writable."
+        ) from None
     return folder
 
 
@@ -101,13 +114,17 @@ def _is_drawn(folder, note):
     readme = folder / "annotations" / "README"
     found = readme.read_text(errors="replace") if readme.is_file() else ""
     if not found.startswith(DRAWN_BY):
-        raise InputError(f"{folder} was not drawn by draw_sample_pets, so it is left as it is: move it away.")
+        raise InputError(
+            f"{folder} was not drawn by draw_sample_pets, so it is left as it is: move it away."
+        )
     return found == note
 
 
 def _draw(folder, note, trainval, test, seed, side):
     """Draw the dataset aside and rename it at the end: an interrupted drawing leaves no half dataset."""
-    for left in folder.parent.glob(".drawing-*"):  # by a process that was killed: it would hold the lock
+    for left in folder.parent.glob(
+        ".drawing-*"
+    ):  # by a process that was killed: it would hold the lock
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder.parent) as aside:
         new = Path(aside) / "new"
@@ -115,7 +132,11 @@ def _draw(folder, note, trainval, test, seed, side):
         (new / "annotations" / "trimaps").mkdir(parents=True)
         indices = tqdm(range(trainval + test), "draw sample pets", leave=False)
         lines = [_save_pet(new, seed, index, side) for index in indices]
-        for file, chosen in ("list", lines), ("trainval", lines[:trainval]), ("test", lines[trainval:]):
+        for file, chosen in (
+            ("list", lines),
+            ("trainval", lines[:trainval]),
+            ("test", lines[trainval:]),
+        ):
             text = (LIST_HEADER if file == "list" else "") + "".join(sorted(chosen))
             (new / "annotations" / f"{file}.txt").write_text(text)
         (new / "annotations" / "README").write_text(note)
@@ -207,7 +228,12 @@ def _band(path, width):
 def _placement(rng, size, scale, centre):
     """Return a function that turns, perhaps mirrors, scales and moves an outline into the picture."""
     turn = rng.normal(0, 0.12)
-    axes = np.array([(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))]) * scale * min(size) / 100
+    axes = (
+        np.array([(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))])
+        * scale
+        * min(size)
+        / 100
+    )
     axes[0] *= rng.choice((-1, 1))  # mirrors left and right
     return lambda outline: ((outline - 50) @ axes + centre * size).ravel().tolist()
 
@@ -255,10 +281,13 @@ def _light(rng, picture):
     lamp = level + np.linspace(-across, across, width) + np.linspace(-down, down, height)[:, None]
     lamp = lamp + 9 * rng.standard_normal((height, width), dtype=np.float32)
     lamp = Image.fromarray(np.clip(lamp, 0, 255).astype(np.uint8))
-    return ImageChops.multiply(picture.filter(ImageFilter.BoxBlur(0.4)), Image.merge("RGB", [lamp] * 3))
+    return ImageChops.multiply(
+        picture.filter(ImageFilter.BoxBlur(0.4)), Image.merge("RGB", [lamp] * 3)
+    )
 
 
 def _trimap(mask, border):
     """Return 1 on the pet, 2 on the background and 3 within `border` pixels of the outline between them."""
-    # A box's mean is neither 0 nor 255 just where it holds both: as MaxFilter - MinFilter, but much faster.
+    # A box's mean is neither 0 nor 255 just where it holds both: as MaxFilter - MinFilter, but much
+    # faster.
     return mask.filter(ImageFilter.BoxBlur(border)).point([2, *[3] * 254, 1])

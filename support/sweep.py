@@ -1,17 +1,19 @@
-"""Make many runs of the narrative notebook at once, and say what they differ by and whether the difference is real.
+"""Make many runs of the narrative notebook at once, and say what they differ by and whether the
+difference is real.
 
     make sweep GRID=mine.json CLUSTER=tcp://host:8786 WORKERS=2
 
-GRID is a JSON file: {"base": {parameters}, "changes": {"name": {parameters}, ...}, "seeds": [0, 1]}. Each change is
-made with each seed. CLUSTER is the address of a Dask scheduler; without it, this machine's own workers do the work.
-Repeating the command goes on where it stopped. A scheduler and its workers, on any number of machines that share the
-project's folder, are started in that folder:
+GRID is a JSON file: {"base": {parameters}, "changes": {"name": {parameters}, ...}, "seeds": [0,
+1]}. Each change is made with each seed. CLUSTER is the address of a Dask scheduler; without it,
+this machine's own workers do the work. Repeating the command goes on where it stopped. A scheduler
+and its workers, on any number of machines that share the project's folder, are started in that
+folder:
 
     .venv/bin/python -m dask scheduler
     .venv/bin/python -m dask worker tcp://host:8786 --nthreads 1
 
-A file of its own, since nobody has to read it to learn about segmentation. Papermill executes the notebook, Dask
-spreads the runs over processes and gives a lost worker's run to another.
+A file of its own, since nobody has to read it to learn about segmentation. Papermill executes the
+notebook, Dask spreads the runs over processes and gives a lost worker's run to another.
 """
 
 import csv
@@ -62,10 +64,12 @@ def cut(value: float, digits: int) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as JSON."""
-    pets.write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    pets.write_atomically(
+        path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode())
+    )
 
 
-# --------------------------------------------------------------------------------------------------- making runs
+# -------------------------------------------------------------------------------------- making runs
 
 
 def read_grid(path: Path) -> dict[str, dict]:
@@ -100,16 +104,20 @@ def check_runs(runs: dict[str, dict]) -> list[pets.Recipe]:
 
 
 def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> list[dict]:
-    """Make a set of runs, {name: parameters}, and return for each a dict: run, outcome, why, seconds.
+    """Make a set of runs, {name: parameters}, and return for each a dict: run, outcome, why,
+    seconds.
 
-    The outcome is "made", "kept" (it was there, complete) or "failed"; one that fails doesn't stop the others. An
-    interrupted run goes on from its checkpoint. `cluster` is the address of a Dask scheduler; "" starts `workers`
-    processes on this machine (0: one for each GPU, or else for each core). Errors: `InputError` before any run starts,
-    for a parameter that is wrong and a cluster that can't be used.
+    The outcome is "made", "kept" (it was there, complete) or "failed"; one that fails doesn't stop
+    the others. An interrupted run goes on from its checkpoint. `cluster` is the address of a Dask
+    scheduler; "" starts `workers` processes on this machine (0: one for each GPU, or else for each
+    core). Errors: `InputError` before any run starts, for a parameter that is wrong and a cluster
+    that can't be used.
     """
     recipes = check_runs(runs)
     outcomes: dict[str, dict] = {}
-    with start_workers(cluster, workers or min(torch.cuda.device_count() or CPU_COUNT, len(runs))) as client:
+    with start_workers(
+        cluster, workers or min(torch.cuda.device_count() or CPU_COUNT, len(runs))
+    ) as client:
         threads = threads_by_host(client)
         topic = f"runs-{uuid4().hex}"  # a scheduler that already runs may serve others, too
         bar = tqdm(desc="runs", total=len(recipes), leave=False)
@@ -124,7 +132,9 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
 
         client.subscribe_topic(topic, note_start)
         futures = {
-            client.submit(make_run, recipe.model_dump(), threads, topic, key=f"{topic}-{recipe.RUN_NAME}"): recipe
+            client.submit(
+                make_run, recipe.model_dump(), threads, topic, key=f"{topic}-{recipe.RUN_NAME}"
+            ): recipe
             for recipe in recipes
         }
         for future in as_completed(futures):
@@ -146,9 +156,15 @@ def start_workers(cluster: str, workers: int) -> Iterator[Client]:
             "worker.profile.enabled": False,  # it takes 4 % of a core from each run
         }
         dask_config.set({f"distributed.{name}": value for name, value in settings.items()})
-        # Any free port for Dask's own page; no limit of memory, which the kernels need, not the workers.
+        # Any free port for Dask's own page; no limit of memory, which the kernels need, not the
+        # workers.
         page = "127.0.0.1:0"
-        options = {"threads_per_worker": 1, "dashboard_address": page, "memory_limit": 0, "silence_logs": 50}
+        options = {
+            "threads_per_worker": 1,
+            "dashboard_address": page,
+            "memory_limit": 0,
+            "silence_logs": 50,
+        }
         with LocalCluster(n_workers=workers, **options) as own, Client(own) as client:
             yield client
         return
@@ -156,12 +172,16 @@ def start_workers(cluster: str, workers: int) -> Iterator[Client]:
         client = Client(cluster, timeout="10s")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"no Dask scheduler answers at {cluster} ({reason}): start one, or leave it out.") from None
+        raise InputError(
+            f"no Dask scheduler answers at {cluster} ({reason}): start one, or leave it out."
+        ) from None
     with client:
         threads = client.nthreads().values()
         if not threads or max(threads) > 1:
             what = f"the workers of {cluster} {'have more than one thread' if threads else 'are missing'}"
-            raise InputError(f"{what}: start some with --nthreads 1, since a run needs a process of its own.")
+            raise InputError(
+                f"{what}: start some with --nthreads 1, since a run needs a process of its own."
+            )
         check_imports(client, cluster)
         yield client
 
@@ -172,8 +192,12 @@ def check_imports(client: Client, cluster: str) -> None:
         client.run_on_scheduler(this_host)
         client.run(this_host)
     except Exception as error:  # a worker's error comes back as a bare Exception
-        where = f"the scheduler at {cluster} or one of its workers can't import this project ({error})"
-        raise InputError(f"{where}: start them in its folder, with .venv/bin/python -m dask.") from None
+        where = (
+            f"the scheduler at {cluster} or one of its workers can't import this project ({error})"
+        )
+        raise InputError(
+            f"{where}: start them in its folder, with .venv/bin/python -m dask."
+        ) from None
 
 
 def this_host() -> tuple[str, int]:
@@ -192,7 +216,8 @@ def threads_by_host(client: Client) -> dict[str, int]:
 def make_run(parameters: dict, threads: dict[str, int], topic: str) -> dict:
     """Make one run, in the process of a Dask worker, unless it is there; return its outcome.
 
-    Dask may call this twice for a run, if a worker was lost: the second call finds the first one's checkpoint.
+    Dask may call this twice for a run, if a worker was lost: the second call finds the first one's
+    checkpoint.
     """
     worker = get_worker()
     name, start = parameters["RUN_NAME"], perf_counter()
@@ -215,11 +240,16 @@ def gpu_of(worker: str | int) -> dict[str, str]:
     """Return the environment that gives each of this machine's own workers, which are numbered, a GPU of its own."""
     gpus = torch.cuda.device_count()
     given = "CUDA_VISIBLE_DEVICES" in os.environ  # by whoever started the workers
-    return {"CUDA_VISIBLE_DEVICES": str(int(worker) % gpus)} if gpus and not given and str(worker).isdigit() else {}
+    return (
+        {"CUDA_VISIBLE_DEVICES": str(int(worker) % gpus)}
+        if gpus and not given and str(worker).isdigit()
+        else {}
+    )
 
 
 def what_is_there(folder: Path, parameters: dict) -> str:
-    """Return "" unless the folder holds the complete run with these parameters, or else a few words about it.
+    """Return "" unless the folder holds the complete run with these parameters, or else a few words
+    about it.
 
     Errors: `InputError` if it holds a run with other parameters.
     """
@@ -229,7 +259,11 @@ def what_is_there(folder: Path, parameters: dict) -> str:
     except (InputError, LookupError, TypeError, AttributeError):
         return ""
     own = {name: value for name, value in parameters.items() if name not in pets.Recipe.PLACES}
-    other = [f"{name} {theirs.get(name)}, not {value}" for name, value in own.items() if theirs.get(name) != value]
+    other = [
+        f"{name} {theirs.get(name)}, not {value}"
+        for name, value in own.items()
+        if theirs.get(name) != value
+    ]
     if other:
         where = f"there is another run in {folder}, with {'; '.join(other)}"
         raise InputError(f"{where}: give this one another name, or move that one away.")
@@ -252,12 +286,19 @@ def execute(parameters: dict, folder: Path) -> None:
     """Execute the notebook with `parameters` into its run's folder. Errors: `InputError` if a cell fails."""
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "notebook.ipynb"
-    given = {name: value for name, value in parameters.items() if value != pets.Recipe.model_fields[name].default}
+    given = {
+        name: value
+        for name, value in parameters.items()
+        if value != pets.Recipe.model_fields[name].default
+    }
     try:
         with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as sockets:
-            # Sockets that are files: kernels that start at the same moment may draw the same ports (papermill's 511).
+            # Sockets that are files: kernels that start at the same moment may draw the same ports
+            # (papermill's 511).
             private = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-            quiet = ["--log-level=CRITICAL"]  # a kernel's log would stand in the middle of the progress bar
+            quiet = [
+                "--log-level=CRITICAL"
+            ]  # a kernel's log would stand in the middle of the progress bar
             papermill.execute_notebook(
                 NOTEBOOK,
                 output,
@@ -269,12 +310,20 @@ def execute(parameters: dict, folder: Path) -> None:
                 extra_arguments=quiet,
             )
     except PapermillExecutionError as error:
-        told = error.evalue if error.ename == "InputError" else f"{error.ename}: {error.evalue}, see {output}."
+        told = (
+            error.evalue
+            if error.ename == "InputError"
+            else f"{error.ename}: {error.evalue}, see {output}."
+        )
         raise InputError(" ".join(told.split())) from None
     except DeadKernelError:
-        raise InputError("its kernel died, perhaps for want of memory: make the run alone to see where.") from None
+        raise InputError(
+            "its kernel died, perhaps for want of memory: make the run alone to see where."
+        ) from None
     except OSError as error:
-        raise InputError(f"{output} cannot be written ({error}): make room, or change its permissions.") from None
+        raise InputError(
+            f"{output} cannot be written ({error}): make room, or change its permissions."
+        ) from None
 
 
 def outcome_of(future: object, name: str) -> dict:
@@ -305,7 +354,7 @@ def main(grid: str, cluster: str = "", workers: str = "0") -> int:
     return int(any(outcome["outcome"] == "failed" for outcome in outcomes))
 
 
-# --------------------------------------------------------------------------------------------------- comparing runs
+# ----------------------------------------------------------------------------------- comparing runs
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -369,12 +418,16 @@ class Run(BaseModel):
     valid: Scored
     test: Scored
     history: list[Epoch] = []
-    counts: dict[str, dict[str, np.ndarray]] = {}  # by split and image: the nine counts of a confusion matrix, (9,)
+    counts: dict[
+        str, dict[str, np.ndarray]
+    ] = {}  # by split and image: the nine counts of a confusion matrix, (9,)
 
     @property
     def recipe(self) -> str:
         """All that the run was trained by except for its seed: runs that share it are repetitions of one another."""
-        return json.dumps({k: v for k, v in self.parameters.items() if k not in pets.Recipe.PLACES | {"SEED"}})
+        return json.dumps(
+            {k: v for k, v in self.parameters.items() if k not in pets.Recipe.PLACES | {"SEED"}}
+        )
 
     @property
     def seed(self) -> int:
@@ -389,15 +442,24 @@ class Run(BaseModel):
 
 
 def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
-    """Return the runs that folders and tables (.csv), patterns from the project's root, hold; and what was left out.
+    """Return the runs that folders and tables (.csv), patterns from the project's root, hold; and
+    what was left out.
 
-    What was left out is a line for each run that is broken. Folders that hold no finished run don't count. Errors:
-    `InputError` for patterns that no run fits.
+    What was left out is a line for each run that is broken. Folders that hold no finished run don't
+    count. Errors: `InputError` for patterns that no run fits.
     """
     if any(pattern.startswith("/") or ".." in pattern for pattern in patterns.split()):
-        raise InputError(f"RUNS should be folders or tables in the project, counted from its root, not {patterns!r}.")
+        raise InputError(
+            f"RUNS should be folders or tables in the project, counted from its root, not {patterns!r}."
+        )
     # Not `Path.glob`, which raises an error for a pattern that is too long or odd to fit anything.
-    paths = sorted({pets.ROOT / path for pattern in patterns.split() for path in glob(pattern, root_dir=pets.ROOT)})
+    paths = sorted(
+        {
+            pets.ROOT / path
+            for pattern in patterns.split()
+            for path in glob(pattern, root_dir=pets.ROOT)
+        }
+    )
     runs, left_out = [], []
     for path in paths:
         try:
@@ -409,7 +471,9 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
             told = " ".join(f"{os.path.relpath(path, pets.ROOT)} is left out: {error}".split())
             left_out.append(told.removesuffix(".") + ".")
     if not runs:
-        raise InputError(f"no folder or table of {patterns!r} has a complete run: name others in RUNS.")
+        raise InputError(
+            f"no folder or table of {patterns!r} has a complete run: name others in RUNS."
+        )
     return runs, left_out
 
 
@@ -418,7 +482,13 @@ def check_run(given: dict, folder: str = "") -> Run:
     try:
         counts: dict[str, dict] = {}
         for row in given.get("images", []):
-            matrix = np.array([row[f"{true}_as_{predicted}"] for true in pets.CLASSES for predicted in pets.CLASSES])
+            matrix = np.array(
+                [
+                    row[f"{true}_as_{predicted}"]
+                    for true in pets.CLASSES
+                    for predicted in pets.CLASSES
+                ]
+            )
             counts.setdefault(row["split"], {})[row["name"]] = matrix.astype(np.int64)
         run = Run(**given | {"folder": folder, "counts": counts})
         _ = run.recipe, run.seed, run.test_of
@@ -429,7 +499,9 @@ def check_run(given: dict, folder: str = "") -> Run:
     except ValidationError as errors:
         error = errors.errors()[0]
         where = ".".join(map(str, error["loc"]))
-        raise InputError(f"its {where} is not what a run has ({error['msg']}): make the run again.") from None
+        raise InputError(
+            f"its {where} is not what a run has ({error['msg']}): make the run again."
+        ) from None
     except (KeyError, ValueError, TypeError, OverflowError, AttributeError) as error:
         told = f"{type(error).__name__}: {error}"
         raise InputError(f"it is not what a run has ({told}): make the run again.") from None
@@ -440,7 +512,9 @@ def to_row(run: Run) -> dict[str, str]:
     """Return a run as the line of a table: what matters of its metrics, under names like "test.mean_iou"."""
     row = {"name": run.name}
     parts = run.model_dump(include={"dataset", "model", "training", "valid", "test", "parameters"})
-    parts["parameters"] = {key: value for key, value in run.parameters.items() if key not in pets.Recipe.PLACES}
+    parts["parameters"] = {
+        key: value for key, value in run.parameters.items() if key not in pets.Recipe.PLACES
+    }
 
     def flatten(prefix: str, value: object) -> None:
         if isinstance(value, dict):
@@ -480,7 +554,7 @@ def read_table(path: Path) -> list[Run]:
     return runs
 
 
-# --------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def pixel_accuracy(counts: np.ndarray) -> np.ndarray:
@@ -541,16 +615,22 @@ def resample(images: int, times: int = 2000) -> np.ndarray:
 
 
 def estimate(
-    score: Callable[[np.ndarray], np.ndarray], runs: list[dict[str, np.ndarray]], bases: list[dict] | None = None
+    score: Callable[[np.ndarray], np.ndarray],
+    runs: list[dict[str, np.ndarray]],
+    bases: list[dict] | None = None,
 ) -> Estimate:
-    """Return the mean score of runs, or its difference from that of their bases, with a bootstrap interval over images.
+    """Return the mean score of runs, or its difference from that of their bases, with a bootstrap
+    interval over images.
 
-    A run is given by the confusion counts of its images, {name: (K * K,)}. Runs and bases are paired: a draw has the
-    same images for all, so that what is hard for every net cancels out. The interval says what other images might
-    have given, not what other seeds might. Errors: `InputError` for a run and a base with other images.
+    A run is given by the confusion counts of its images, {name: (K * K,)}. Runs and bases are
+    paired: a draw has the same images for all, so that what is hard for every net cancels out. The
+    interval says what other images might have given, not what other seeds might. Errors:
+    `InputError` for a run and a base with other images.
     """
     if bases and any(run.keys() != base.keys() for run, base in zip(runs, bases, strict=True)):
-        raise InputError("a run and its base were scored on other images: compare runs with the same LIMIT and SEED.")
+        raise InputError(
+            "a run and its base were scored on other images: compare runs with the same LIMIT and SEED."
+        )
     names = sorted({name for run in runs for name in run})
     weights = np.vstack([np.ones(len(names)), resample(len(names))])  # first the images as they are
 
@@ -564,7 +644,7 @@ def estimate(
     return Estimate(float(drawn[0]), *map(float, np.nanpercentile(drawn[1:], [2.5, 97.5])))
 
 
-# --------------------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------------------- comparison
 
 
 class Repeated(NamedTuple):
@@ -592,7 +672,9 @@ class Repeated(NamedTuple):
         if all(split in run.counts for pair in pairs for run in pair):
             own, others = ([run.counts[split] for run in runs] for runs in zip(*pairs, strict=True))
             return estimate(score, own, others)
-        change = np.mean([WHOLE[score](getattr(a, split)) - WHOLE[score](getattr(b, split)) for a, b in pairs])
+        change = np.mean(
+            [WHOLE[score](getattr(a, split)) - WHOLE[score](getattr(b, split)) for a, b in pairs]
+        )
         return Estimate(float(change), float("nan"), float("nan"))
 
 
@@ -627,7 +709,10 @@ def comparison(rows: list[Repeated], base: Repeated | None) -> list[dict[str, ob
     table = []
     for place, row in enumerate(rows, 1):
         first = row.runs[0]
-        gains = [row.gain(base, split).points if base and base is not row else "–" for split in ("valid", "test")]
+        gains = [
+            row.gain(base, split).points if base and base is not row else "–"
+            for split in ("valid", "test")
+        ]
         table.append({
             "run": row.name, "place": place, "seeds": ", ".join(str(run.seed) for run in row.runs),
             "validation mean IoU, %": row.shown(lambda run: run.valid.mean_iou), "gain (95 %)": gains[0],
@@ -642,8 +727,16 @@ def comparison(rows: list[Repeated], base: Repeated | None) -> list[dict[str, ob
 
 def links(rows: list[Repeated]) -> str:
     """Return HTML with a link to the notebook of each run that has a folder, from a folder of the project."""
-    found = [run for row in rows for run in row.runs if (pets.ROOT / run.folder / "notebook.ipynb").is_file()]
-    linked = [f'<a href="../{quote(run.folder)}/notebook.ipynb">{html.escape(run.name)}</a>' for run in found]
+    found = [
+        run
+        for row in rows
+        for run in row.runs
+        if (pets.ROOT / run.folder / "notebook.ipynb").is_file()
+    ]
+    linked = [
+        f'<a href="../{quote(run.folder)}/notebook.ipynb">{html.escape(run.name)}</a>'
+        for run in found
+    ]
     return f"<p>Notebooks: {', '.join(linked)}</p>" if linked else ""
 
 
@@ -660,6 +753,8 @@ def moved_most(run: Run, base: Run, count: int = 2) -> dict[str, float]:
     """Return the test images whose share of right pixels gained most, then those that lost most: {name: change}."""
     own, others = run.counts.get("test", {}), base.counts.get("test", {})
     both = [name for name in own if name in others]
-    change = {name: float(pixel_accuracy(own[name]) - pixel_accuracy(others[name])) for name in both}
+    change = {
+        name: float(pixel_accuracy(own[name]) - pixel_accuracy(others[name])) for name in both
+    }
     ranked = sorted(change, key=lambda name: -change[name])
     return {name: change[name] for name in dict.fromkeys(ranked[:count] + ranked[-count:])}

@@ -26,16 +26,22 @@ def load_tensors(path: Path) -> dict:
         with zipfile.ZipFile(data) as archive:
             parts = archive.infolist()
             size = sum(part.file_size for part in parts)  # more than there is in a bomb
-            marked = any(part.external_attr for part in parts)  # as folders, say, which torch takes for empty files
+            marked = any(
+                part.external_attr for part in parts
+            )  # as folders, say, which torch takes for empty files
             if size > len(data.getbuffer()) or marked or archive.testzip():
-                raise ValueError("a wrong size, mark or checksum, all of which torch would read past")
+                raise ValueError(
+                    "a wrong size, mark or checksum, all of which torch would read past"
+                )
         data.seek(0)
         content = torch.load(data, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not finite(content):
             raise ValueError("no dictionary, or one with numbers that are none")
         return content
     except FileNotFoundError:
-        raise InputError(f"there is no file {path}: name the folder of a run that has it.") from None
+        raise InputError(
+            f"there is no file {path}: name the folder of a run that has it."
+        ) from None
     except Exception:  # zipfile and torch have two dozen ways to fail on a damaged file, most of them in many lines
         raise InputError(f"{path} is damaged, or not of this project: train again.") from None
 

@@ -43,14 +43,18 @@ def one_thread():
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
     """Return the folder oxford-iiit-pet of a small stand-in dataset, 24 + 12 pictures; leave it unchanged."""
-    return draw_sample_pets(tmp_path_factory.mktemp("sample"), trainval=24, test=12, seed=0, side=64)
+    return draw_sample_pets(
+        tmp_path_factory.mktemp("sample"), trainval=24, test=12, seed=0, side=64
+    )
 
 
 @pytest.fixture(scope="session")
 def oxford() -> Path:
     """Return the folder oxford-iiit-pet of the real dataset."""
     if "PETSEG_DATA" not in os.environ:
-        pytest.skip("PETSEG_DATA is not set: set it to the folder that holds the real oxford-iiit-pet.")
+        pytest.skip(
+            "PETSEG_DATA is not set: set it to the folder that holds the real oxford-iiit-pet."
+        )
     return Path(os.environ["PETSEG_DATA"]) / "oxford-iiit-pet"
 
 

@@ -32,7 +32,9 @@ def run_module(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["ablations", "ablations optimisers", "norm_statistics", "peer"])
+@pytest.mark.parametrize(
+    "command", ["ablations", "ablations optimisers", "norm_statistics", "peer"]
+)
 def test_the_table_that_is_shown_is_what_the_module_prints(command):
     printed = run_module(*f"benchmarks.{command}".split())
     assert printed.returncode == 0, printed.stderr
@@ -41,7 +43,10 @@ def test_the_table_that_is_shown_is_what_the_module_prints(command):
 
 
 def test_the_table_of_the_speed_is_that_of_the_kept_result():
-    kept = [json.loads((FOLDER / f"throughput_{name}.json").read_text()) for name in ("float32", "bfloat16")]
+    kept = [
+        json.loads((FOLDER / f"throughput_{name}.json").read_text())
+        for name in ("float32", "bfloat16")
+    ]
     assert throughput.table(*(one["headline"] for one in kept)) in SHOWN
 
 
@@ -51,7 +56,9 @@ def test_the_kept_runs_are_all_those_of_the_grid(grid):
     kept, _ = sweep.find_runs(f"benchmarks/{grid}.csv")
     assert [f"{grid}_{run.name}" for run in kept] == list(wanted)
     for run in kept:
-        parameters = pets.Recipe(**wanted[f"{grid}_{run.name}"]).model_dump(exclude=pets.Recipe.PLACES)
+        parameters = pets.Recipe(**wanted[f"{grid}_{run.name}"]).model_dump(
+            exclude=pets.Recipe.PLACES
+        )
         assert {name: run.parameters[name] for name in parameters} == parameters
 
 
@@ -81,8 +88,14 @@ def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
     matrix = torch.tensor([[5, 2, 3], [1, 8, 1], [2, 2, 6]]).flatten().numpy()
     runs = []
     for change, more in (("base", 0), ("no_skips", 2)):
-        counts = {"test": {f"image_{i}": matrix + more * (torch.arange(9) == i % 9).numpy() for i in range(20)}}
-        runs.append(template.model_copy(update={"name": f"ablations_{change}_seed_0", "counts": counts}))
+        counts = {
+            "test": {
+                f"image_{i}": matrix + more * (torch.arange(9) == i % 9).numpy() for i in range(20)
+            }
+        }
+        runs.append(
+            template.model_copy(update={"name": f"ablations_{change}_seed_0", "counts": counts})
+        )
     ablations.write_results(runs, "ablations", tmp_path / "table.csv")
 
     rows = ablations.read_results(tmp_path / "table.csv")
@@ -99,7 +112,10 @@ def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(tmp_path, monkeypa
     shutil.copy(ablations.GRIDS["ablations"], tmp_path)
     table = tmp_path / "ablations.csv"
     table.write_bytes((FOLDER / "ablations.csv").read_bytes())
-    outcomes = [{"run": KEPT.name, "outcome": "made", "why": ""}, {"run": "x", "outcome": "failed", "why": "no disk"}]
+    outcomes = [
+        {"run": KEPT.name, "outcome": "made", "why": ""},
+        {"run": "x", "outcome": "failed", "why": "no disk"},
+    ]
     monkeypatch.setattr(ablations, "GRIDS", {"ablations": tmp_path / "ablations.json"})
     monkeypatch.setattr(sweep, "make_runs", lambda runs, cluster: outcomes)
     monkeypatch.setattr(sweep, "find_runs", lambda folders: ([], []))
@@ -109,8 +125,12 @@ def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(tmp_path, monkeypa
 
 
 def test_the_peer_trains_by_the_recipe_that_it_records(tiny_pets):
-    recipe = peer.recipes()["AdamW"].but(IMAGE_SIZE=16, DEPTH=2, BASE_CHANNELS=4, BATCH_SIZE=4, EPOCHS=2)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 3, 1))
+    recipe = peer.recipes()["AdamW"].but(
+        IMAGE_SIZE=16, DEPTH=2, BASE_CHANNELS=4, BATCH_SIZE=4, EPOCHS=2
+    )
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 3, 1)
+    )
     before = net[0].weight.clone()
     result = peer.train_and_score(net, (tiny_pets, tiny_pets, tiny_pets), recipe)
     assert not torch.equal(net[0].weight, before)
@@ -154,16 +174,21 @@ def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
     names = list(throughput.HEADLINE)
     assert order == names * 6
     assert seconds["plain"] == len(names) + 1  # the least after the round that warms up
-    assert [name for name in names if not throughput.HEADLINE[name][0]] == ["plain", "memory not kept"]
+    assert [name for name in names if not throughput.HEADLINE[name][0]] == [
+        "plain",
+        "memory not kept",
+    ]
 
 
-# ------------------------------------------------------------------------------------------------- score.py
+# ----------------------------------------------------------------------------------------- score.py
 
 
 def damaged(change) -> str:
     """Return the metrics.json of the kept run, as if it had been scored on twelve images, with a change."""
     metrics = json.loads((KEPT / "metrics.json").read_text())
-    metrics["test"]["images"] = 12  # as many as the drawn dataset has, so that only the change is wrong
+    metrics["test"]["images"] = (
+        12  # as many as the drawn dataset has, so that only the change is wrong
+    )
     change(metrics)
     return json.dumps(metrics)
 
@@ -213,16 +238,22 @@ def run_copy(tmp_path):
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_run_is_refused_in_a_sentence_before_the_work(name, run_copy, sample, no_long_work, complains):
+def test_a_malformed_run_is_refused_in_a_sentence_before_the_work(
+    name, run_copy, sample, no_long_work, complains
+):
     content = MALFORMED[name]
-    (run_copy / "metrics.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (run_copy / "metrics.json").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     with complains():
         score.main(str(sample.parent), str(run_copy))
 
 
 @pytest.mark.parametrize("file", ["metrics.json", "history.csv", "weights.pt"])
 @pytest.mark.parametrize("what", ["missing", "empty", "a folder"])
-def test_a_damaged_file_is_refused_in_a_sentence_before_the_work(file, what, run_copy, sample, no_long_work, complains):
+def test_a_damaged_file_is_refused_in_a_sentence_before_the_work(
+    file, what, run_copy, sample, no_long_work, complains
+):
     (run_copy / file).unlink()
     if what == "empty":
         (run_copy / file).touch()
@@ -262,7 +293,8 @@ def test_weights_are_scored_again(run_copy, sample, capsys):
 
 
 @pytest.mark.parametrize(
-    ("value", "digits", "words"), [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")]
+    ("value", "digits", "words"),
+    [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")],
 )
 def test_cut_never_rounds_up(value, digits, words):
     assert sweep.cut(value, digits) == words

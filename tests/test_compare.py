@@ -24,7 +24,10 @@ def some_counts(images: int = 40, skill: float = 0.7, seed: int = 0) -> dict[str
     wrong = (1 - skill) / 2
     matrix = np.full((3, 3), wrong) + np.eye(3) * (skill - wrong)
     truth = random.multinomial(100, [0.3, 0.5, 0.2], images)  # (B, 3)
-    counts = [[random.multinomial(n, row) for n, row in zip(pixels, matrix, strict=True)] for pixels in truth]
+    counts = [
+        [random.multinomial(n, row) for n, row in zip(pixels, matrix, strict=True)]
+        for pixels in truth
+    ]
     return {f"pug_{i}": np.array(one).flatten() for i, one in enumerate(counts)}
 
 
@@ -44,7 +47,13 @@ def write_run(folder: Path, skill: float = 0.7, **changes: object) -> Path:
         "model": {"parameters": 1000, "flops": 10**9},
         "training": {"seconds": 12.5},
     }
-    epoch = {"epoch": 1, "train_loss": 1.0, "valid_pixel_accuracy": skill, "valid_mean_iou": skill, "seconds": 12.5}
+    epoch = {
+        "epoch": 1,
+        "train_loss": 1.0,
+        "valid_pixel_accuracy": skill,
+        "valid_mean_iou": skill,
+        "seconds": 12.5,
+    }
     pets.save_run(folder, metrics, [epoch], scored)
     return folder
 
@@ -57,7 +66,7 @@ def root(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-# ------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def test_scores_from_counts_are_those_of_the_module():
@@ -115,7 +124,9 @@ def test_pairing_makes_the_interval_of_a_difference_narrow():
 
 
 def test_an_estimate_is_the_same_each_time():
-    assert sweep.estimate(sweep.mean_iou, [some_counts()]) == sweep.estimate(sweep.mean_iou, [some_counts()])
+    assert sweep.estimate(sweep.mean_iou, [some_counts()]) == sweep.estimate(
+        sweep.mean_iou, [some_counts()]
+    )
 
 
 def test_runs_on_other_images_are_not_paired(complains):
@@ -144,7 +155,7 @@ def test_the_pareto_front_holds_what_no_other_beats_at_no_more_cost(costs, gains
     assert sweep.pareto_front(costs, gains) == front
 
 
-# ------------------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------------------- comparison
 
 
 def test_runs_that_differ_in_their_seed_alone_become_one_row_sorted_by_validation(root):
@@ -168,7 +179,9 @@ def test_runs_that_differ_in_their_seed_alone_become_one_row_sorted_by_validatio
     assert "SEED" not in table[0]
     gain = rows[0].gain(base, "test")
     scores = {run.name: run.test.mean_iou for run in runs}
-    expected = np.mean([scores[f"better_seed_{seed}"] - scores[f"base_seed_{seed}"] for seed in (0, 1)])
+    expected = np.mean(
+        [scores[f"better_seed_{seed}"] - scores[f"base_seed_{seed}"] for seed in (0, 1)]
+    )
     assert gain.value == pytest.approx(expected)
     assert 0 < gain.low < gain.value < gain.high
     assert rows[2].gain(base, "test").high < 0  # with the base of the seed that it has
@@ -196,7 +209,9 @@ def test_a_row_shows_scores_that_were_reached(root):
 
 
 def test_a_table_takes_the_place_of_folders_but_has_no_intervals(root):
-    folders = [write_run(root / "runs" / name, skill) for name, skill in (("base", 0.7), ("other", 0.6))]
+    folders = [
+        write_run(root / "runs" / name, skill) for name, skill in (("base", 0.7), ("other", 0.6))
+    ]
     runs = [sweep.check_run(pets.read_run(folder)) for folder in folders]
     pets.write_csv(root / "table.csv", [sweep.to_row(run) for run in runs])
     again, left_out = sweep.find_runs("table.csv")
@@ -227,7 +242,7 @@ def test_the_images_that_gained_and_lost_most_are_found(root):
     assert moved["pug_7"] == pytest.approx(0.09, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------- broken runs
+# -------------------------------------------------------------------------------------- broken runs
 
 
 def metrics_with(change):
@@ -253,10 +268,15 @@ BROKEN = {
     "a list": text_in("metrics.json", lambda text: "[1, 2]"),
     "a number": text_in("metrics.json", lambda text: "7"),
     "nested too deep": text_in("metrics.json", lambda text: "[" * 100_000),
-    "a folder": lambda folder: ((folder / "metrics.json").unlink(), (folder / "metrics.json").mkdir()),
+    "a folder": lambda folder: (
+        (folder / "metrics.json").unlink(),
+        (folder / "metrics.json").mkdir(),
+    ),
     "no history": lambda folder: (folder / "history.csv").unlink(),
     "empty history": text_in("history.csv", lambda text: ""),
-    "history without a column": text_in("history.csv", lambda text: text.replace("train_loss", "loss")),
+    "history without a column": text_in(
+        "history.csv", lambda text: text.replace("train_loss", "loss")
+    ),
     "history of words": text_in("history.csv", lambda text: text.replace("12.5", "long")),
     "history of NUL": text_in("history.csv", lambda text: text + "\0"),
     "other keys": metrics_with(lambda m: m.update(accuracy=m.pop("test"))),
@@ -268,9 +288,15 @@ BROKEN = {
     "a score of 7": metrics_with(lambda m: m["valid"].update(mean_iou=7)),
     "a score that is no number": metrics_with(lambda m: m["valid"].update(mean_iou=float("nan"))),
     "endless seconds": metrics_with(lambda m: m["training"].update(seconds=float("inf"))),
-    "images without a column": text_in("images.csv", lambda text: text.replace("pet_as_pet", "pets")),
-    "images of words": text_in("images.csv", lambda text: text.replace("test,pug_1,pug,", "test,pug_1,pug,x")),
-    "negative counts": text_in("images.csv", lambda text: text.replace("test,pug_1,pug,", "test,pug_1,pug,-")),
+    "images without a column": text_in(
+        "images.csv", lambda text: text.replace("pet_as_pet", "pets")
+    ),
+    "images of words": text_in(
+        "images.csv", lambda text: text.replace("test,pug_1,pug,", "test,pug_1,pug,x")
+    ),
+    "negative counts": text_in(
+        "images.csv", lambda text: text.replace("test,pug_1,pug,", "test,pug_1,pug,-")
+    ),
 }
 
 
@@ -287,7 +313,8 @@ def test_a_broken_run_is_left_out_with_one_line_and_the_others_are_shown(name, r
 
 
 @pytest.mark.parametrize(
-    "content", ["", "name\n", "a,b\n1,2\n", "name,test\nx,7\n", "name,test,test.mean_iou\nx,1,2\n", "\0"]
+    "content",
+    ["", "name\n", "a,b\n1,2\n", "name,test\nx,7\n", "name,test,test.mean_iou\nx,1,2\n", "\0"],
 )
 def test_a_broken_table_is_left_out_or_holds_no_runs(content, root, complains):
     (root / "table.csv").write_text(content)
@@ -295,7 +322,9 @@ def test_a_broken_table_is_left_out_or_holds_no_runs(content, root, complains):
         sweep.find_runs("table.csv")
 
 
-@pytest.mark.parametrize("patterns", ["", "runs/nothing", "/etc/*", "../*", "runs", "runs/**a", "\0", "x" * 300])
+@pytest.mark.parametrize(
+    "patterns", ["", "runs/nothing", "/etc/*", "../*", "runs", "runs/**a", "\0", "x" * 300]
+)
 def test_patterns_that_no_run_fits_end_in_a_sentence(patterns, root, complains):
     with complains("RUNS"):
         sweep.find_runs(patterns)
@@ -324,10 +353,13 @@ def test_all_that_comes_from_a_file_is_escaped(root):
     assert "<img" not in page
     assert "&lt;script&gt;" in page
     assert "&lt;img" in page
-    assert 'href="../runs/%3Cimg%20src%3Dx%20onerror%3Dalert%281%29%3E%26amp%3B/notebook.ipynb"' in page
+    assert (
+        'href="../runs/%3Cimg%20src%3Dx%20onerror%3Dalert%281%29%3E%26amp%3B/notebook.ipynb"'
+        in page
+    )
 
 
-# ------------------------------------------------------------------------------------------------- the notebook
+# ------------------------------------------------------------------------------------- the notebook
 
 
 def run_notebook(output: Path, **parameters: object) -> str:
@@ -335,12 +367,16 @@ def run_notebook(output: Path, **parameters: object) -> str:
     papermill.execute_notebook(
         ROOT / "notebooks" / "compare_runs.ipynb", output, parameters, progress_bar=False, cwd=ROOT
     )
-    shown = [one for cell in nbformat.read(output, as_version=4).cells for one in cell.get("outputs", [])]
+    shown = [
+        one for cell in nbformat.read(output, as_version=4).cells for one in cell.get("outputs", [])
+    ]
     return "".join(one.data.get("text/html", "") for one in shown if "data" in one)
 
 
 def test_the_notebook_shows_a_table_of_runs_sorted_by_validation(tmp_path):
-    page = run_notebook(tmp_path / "notebook.ipynb", RUNS="benchmarks/ablations.csv", MAKE_RUNS=False)
+    page = run_notebook(
+        tmp_path / "notebook.ipynb", RUNS="benchmarks/ablations.csv", MAKE_RUNS=False
+    )
     kept, _ = sweep.find_runs("benchmarks/ablations.csv")
     (rows,) = sweep.group_runs(kept).values()
     assert re.findall(r"<tr><td>([^<]+)", page) == [row.name for row in rows]
@@ -351,7 +387,10 @@ def test_the_notebook_shows_a_table_of_runs_sorted_by_validation(tmp_path):
 
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
-    [({"RUNS": "runs/nowhere"}, "no folder or table of 'runs/nowhere'"), ({"RUN": "a"}, "there is no parameter RUN")],
+    [
+        ({"RUNS": "runs/nowhere"}, "no folder or table of 'runs/nowhere'"),
+        ({"RUN": "a"}, "there is no parameter RUN"),
+    ],
 )
 def test_the_notebook_ends_a_mistake_in_one_sentence(parameters, sentence, tmp_path):
     with pytest.raises(PapermillExecutionError) as caught:

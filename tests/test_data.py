@@ -39,27 +39,38 @@ SPLITS = {"trainval": 24, "test": 12}  # images in the stand-in that the fixture
 @pytest.mark.parametrize("split", SPLITS)
 def test_torchvision_reads_the_stand_in_with_the_same_content(sample, split):
     theirs = OxfordIIITPet(sample.parent, split=split, target_types="segmentation", download=False)
-    listed = [line.split()[0] for line in (sample / "annotations" / f"{split}.txt").read_text().splitlines()]
+    listed = [
+        line.split()[0]
+        for line in (sample / "annotations" / f"{split}.txt").read_text().splitlines()
+    ]
     ours = load_pets(sample, read_split(sample, split), 32)
     assert len(theirs) == len(ours.names) == SPLITS[split]
     for name, (image, trimap) in zip(listed, theirs, strict=True):
         index = ours.names.index(name)
         expected_image = oracle.resize(oracle.pil_to_tensor(image), [32, 32], antialias=True)
-        expected_mask = oracle.resize(oracle.pil_to_tensor(trimap), [32, 32], InterpolationMode.NEAREST_EXACT)[0]
+        expected_mask = oracle.resize(
+            oracle.pil_to_tensor(trimap), [32, 32], InterpolationMode.NEAREST_EXACT
+        )[0]
         assert (ours.images[index].int() - expected_image.int()).abs().max() <= 1
         assert torch.equal(ours.masks[index], expected_mask - 1)
 
 
 def test_torchvision_finds_the_categories_that_the_names_tell(sample):
-    theirs = OxfordIIITPet(sample.parent, target_types=["category", "binary-category"], download=False)
-    lines = [line.split() for line in (sample / "annotations" / "trainval.txt").read_text().splitlines()]
+    theirs = OxfordIIITPet(
+        sample.parent, target_types=["category", "binary-category"], download=False
+    )
+    lines = [
+        line.split() for line in (sample / "annotations" / "trainval.txt").read_text().splitlines()
+    ]
     for (name, *_), (_, (category, species)) in zip(lines, theirs, strict=True):
         assert theirs.classes[category] == breed_of(name).replace("_", " ").title()
         assert theirs.bin_classes[species] == ("Cat" if name[0].isupper() else "Dog")
 
 
 def test_list_names_every_picture_of_both_splits(sample):
-    texts = {name: (sample / "annotations" / f"{name}.txt").read_text() for name in ("list", *SPLITS)}
+    texts = {
+        name: (sample / "annotations" / f"{name}.txt").read_text() for name in ("list", *SPLITS)
+    }
     listed = [line for line in texts["list"].splitlines() if not line.startswith("#")]
     assert sorted(listed) == sorted((texts["trainval"] + texts["test"]).splitlines())
     for folder, kind in (("images", "jpg"), ("annotations/trimaps", "png")):
@@ -74,7 +85,11 @@ def test_stand_in_shows_all_classes_and_different_sizes(sample):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_same_seed_draws_the_same_bytes_and_another_seed_does_not(tmp_path):
@@ -144,8 +159,12 @@ def test_breed_is_all_before_the_last_underscore():
     assert [breed_of(name) for name in ("pug_7", "Maine_Coon_12")] == ["pug", "Maine_Coon"]
 
 
-@pytest.mark.parametrize(("fraction", "of_thirty", "of_ten"), [(0.1, 3, 1), (0.2, 6, 2), (0.01, 1, 1)])
-def test_hold_out_takes_the_fraction_of_every_breed_and_at_least_one_image(fraction, of_thirty, of_ten):
+@pytest.mark.parametrize(
+    ("fraction", "of_thirty", "of_ten"), [(0.1, 3, 1), (0.2, 6, 2), (0.01, 1, 1)]
+)
+def test_hold_out_takes_the_fraction_of_every_breed_and_at_least_one_image(
+    fraction, of_thirty, of_ten
+):
     names = [f"pug_{i}" for i in range(30)] + [f"Maine_Coon_{i}" for i in range(10)]
     rest, held = hold_out(names, fraction, seed=3)
     assert sorted(rest + held) == sorted(names)
@@ -219,7 +238,9 @@ def random_pets(side: int, seed: int = 0) -> Pets:
 
 def test_shrunk_images_are_antialiased(dataset, name):
     stripes = np.zeros((64, 64), np.uint8)
-    stripes[:, ::2] = 255  # one pixel wide: picking single pixels would give black or white, the mean is grey
+    stripes[:, ::2] = (
+        255  # one pixel wide: picking single pixels would give black or white, the mean is grey
+    )
     Image.fromarray(stripes).save(image_of(dataset, name), "PNG")
     Image.new("L", (64, 64), 2).save(trimap_of(dataset, name))
     inner = load_pets(dataset, [name], 8).images[..., 1:-1]
@@ -264,7 +285,9 @@ def test_missing_dataset_is_named_with_what_to_do(tmp_path, complains):
         find_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("File not found or corrupted.")])
+@pytest.mark.parametrize(
+    "error", [OSError("no route to host"), RuntimeError("File not found or corrupted.")]
+)
 def test_failed_download_is_told_with_its_reason(tmp_path, monkeypatch, complains, error):
     def fail(*args, **kwargs):
         raise error
@@ -291,11 +314,15 @@ def test_split_file_without_names_is_named(dataset, complains, text):
 
 
 @pytest.mark.parametrize("path_of", [image_of, trimap_of])
-def test_listed_files_that_are_not_there_are_counted_and_the_first_is_named(dataset, complains, path_of):
+def test_listed_files_that_are_not_there_are_counted_and_the_first_is_named(
+    dataset, complains, path_of
+):
     first, second = read_split(dataset, "test")[2:4]
     path_of(dataset, first).unlink()
     path_of(dataset, second).unlink()
-    with complains(dataset / "annotations" / "test.txt", "2 files", path_of(dataset, first).name, "extract"):
+    with complains(
+        dataset / "annotations" / "test.txt", "2 files", path_of(dataset, first).name, "extract"
+    ):
         read_split(dataset, "test")
 
 
@@ -349,7 +376,9 @@ def test_trimap_with_another_value_is_named_with_the_value(dataset, name, compla
     Image.fromarray(trimap).save(trimap_of(dataset, name))
     with complains(trimap_of(dataset, name), f"value {stranger}", "replace it") as caught:
         load_pets(dataset, [name], 32)
-    assert "cannot be decoded" not in str(caught.value)  # it could: its own sentence must not be taken for that
+    assert "cannot be decoded" not in str(
+        caught.value
+    )  # it could: its own sentence must not be taken for that
 
 
 def test_trimap_of_another_size_is_named_with_both_sizes(dataset, name, complains):
@@ -382,14 +411,18 @@ def palette_with_transparency(picture: Image.Image) -> Image.Image:
     [
         pytest.param(lambda p: p.convert("RGBA"), "PNG", "RGB", 0, id="RGBA PNG"),
         pytest.param(lambda p: p.quantize(64), "GIF", "RGB", 12, id="palette GIF"),
-        pytest.param(palette_with_transparency, "PNG", "RGB", 12, id="palette PNG with transparency"),
+        pytest.param(
+            palette_with_transparency, "PNG", "RGB", 12, id="palette PNG with transparency"
+        ),
         pytest.param(lambda p: p.convert("L"), "JPEG", "L", 3, id="grey JPEG"),
         pytest.param(lambda p: p.convert("LA"), "PNG", "L", 0, id="grey PNG with alpha"),
         pytest.param(lambda p: p.convert("CMYK"), "JPEG", "RGB", 5, id="CMYK JPEG"),
         pytest.param(lambda p: p, "BMP", "RGB", 0, id="BMP"),
     ],
 )
-def test_files_named_jpg_that_are_no_rgb_jpeg_simply_work(dataset, name, convert, file_format, as_seen, tolerance):
+def test_files_named_jpg_that_are_no_rgb_jpeg_simply_work(
+    dataset, name, convert, file_format, as_seen, tolerance
+):
     expected = load_pets(dataset, [name], 32)
     path = image_of(dataset, name)
     with Image.open(path) as image:
@@ -397,7 +430,9 @@ def test_files_named_jpg_that_are_no_rgb_jpeg_simply_work(dataset, name, convert
     convert(picture).save(path, file_format)
     pets = load_pets(dataset, [name], 32)
     if as_seen == "L":
-        grey = torch.from_numpy(np.array(picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR)))
+        grey = torch.from_numpy(
+            np.array(picture.convert("L").resize((32, 32), Image.Resampling.BILINEAR))
+        )
         expected = expected._replace(images=grey.expand(1, 3, 32, 32))
     assert (pets.images.float() - expected.images.float()).abs().mean() <= tolerance
     assert torch.equal(pets.masks, expected.masks)
@@ -409,7 +444,9 @@ def test_files_named_jpg_that_are_no_rgb_jpeg_simply_work(dataset, name, convert
 @pytest.fixture(scope="module")
 def painted() -> tuple[torch.Tensor, torch.Tensor]:
     """Return images (16, 3, 64, 64), red where their masks (16, 64, 64) say 0, green at 1 and blue at 2."""
-    coarse = torch.randint(3, (16, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    coarse = torch.randint(
+        3, (16, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     masks = coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)
     return (torch.eye(3)[masks.long()].permute(0, 3, 1, 2) * 140 + 60).byte(), masks
 
@@ -521,12 +558,16 @@ def test_photo_is_turned_as_its_camera_noted(tmp_path):
 def test_colour_alone_does_not_solve_the_stand_in(tmp_path):
     """Guess each pixel by its colour alone, learned from other pictures: hardly better than the majority class."""
     folder = draw_sample_pets(tmp_path, trainval=90, test=30)
-    train, test = (load_pets(folder, read_split(folder, split), 64) for split in ("trainval", "test"))
+    train, test = (
+        load_pets(folder, read_split(folder, split), 64) for split in ("trainval", "test")
+    )
 
     def colour(pets):  # 8 levels of red, green and blue
         return ((pets.images.long() // 32) * torch.tensor([64, 8, 1]).view(3, 1, 1)).sum(dim=1)
 
-    counts = torch.bincount((colour(train) * 3 + train.masks).flatten(), minlength=512 * 3).view(512, 3)
+    counts = torch.bincount((colour(train) * 3 + train.masks).flatten(), minlength=512 * 3).view(
+        512, 3
+    )
     accuracy = (counts.argmax(dim=1)[colour(test)] == test.masks).float().mean()
     majority = (test.masks == 1).float().mean()
     assert accuracy < majority + 0.1

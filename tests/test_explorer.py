@@ -6,9 +6,13 @@ import pytest
 
 import petseg_utils as pets
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the explorer is tested in a browser, by playwright")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="the explorer is tested in a browser, by playwright"
+)
 PAGE = pets.ROOT / "notebooks" / "explorer.html"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -28,7 +32,12 @@ def page(chromium):
     page = context.new_page()
     page.failures = []
     page.on("pageerror", lambda error: page.failures.append(str(error)))
-    page.on("request", lambda request: page.failures.append(request.url) if request.url.startswith("http") else None)
+    page.on(
+        "request",
+        lambda request: (
+            page.failures.append(request.url) if request.url.startswith("http") else None
+        ),
+    )
     page.goto(PAGE.as_uri())
     yield page
     assert page.failures == []
@@ -39,7 +48,8 @@ def choose(page, **values: int) -> None:
     """Move the sliders, as a hand would."""
     for name, value in values.items():
         page.locator(f"#{name}").evaluate(
-            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
+            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
+            value,
         )
 
 
@@ -48,7 +58,9 @@ def table(page) -> list[list[str]]:
     return page.locator("#rows tr").evaluate_all(rows)
 
 
-@pytest.mark.parametrize(("side", "b", "depth"), [(256, 32, 5), (64, 16, 5), (128, 7, 7), (36, 1, 2), (480, 64, 3)])
+@pytest.mark.parametrize(
+    ("side", "b", "depth"), [(256, 32, 5), (64, 16, 5), (128, 7, 7), (36, 1, 2), (480, 64, 3)]
+)
 def test_every_number_is_that_of_the_module(page, side, b, depth):
     choose(page, N=side, b=b, depth=depth)
     steps = pets.analyse_shapes(pets.UNet(b, depth), side)
@@ -58,7 +70,9 @@ def test_every_number_is_that_of_the_module(page, side, b, depth):
     total = page.locator("#total td").all_text_contents()
     assert total[3] == f"{sum(step.parameters for step in steps):,}"
     assert total[4] == f"{sum(step.flops for step in steps) / 1e6:,.1f}"
-    boxes = page.locator("#u rect[data-step]").evaluate_all("boxes => boxes.map(box => box.dataset.step)")
+    boxes = page.locator("#u rect[data-step]").evaluate_all(
+        "boxes => boxes.map(box => box.dataset.step)"
+    )
     drawn = [step.name for step in steps if not step.name.startswith(("pool", "upsample"))]
     assert boxes == ["image", *drawn]
 
@@ -77,7 +91,9 @@ def test_side_that_does_not_divide_is_explained(page):
 
 def test_pointing_at_a_box_lights_its_row_and_opens_the_block(page):
     page.locator("#u rect[data-step=down2]").hover()
-    assert page.locator("tr.lit").evaluate_all("rows => rows.map(row => row.dataset.step)") == ["down2"]
+    assert page.locator("tr.lit").evaluate_all("rows => rows.map(row => row.dataset.step)") == [
+        "down2"
+    ]
     told = page.locator("#told").text_content()
     assert "32 → 64" in told
     assert "64 → 64" in told

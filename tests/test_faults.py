@@ -1,4 +1,5 @@
-"""Real faults: kills, full disks, little memory, damaged files, odd values. Each ends right, or in one sentence.
+"""Real faults: kills, full disks, little memory, damaged files, odd values. Each ends right, or in
+one sentence.
 
 `make faults` runs the long form, with more of each, and writes what was tried to runs/faults.md.
 """
@@ -36,7 +37,15 @@ from PIL import Image
 from torchvision.datasets import OxfordIIITPet
 
 import petseg_utils as pets
-from petseg_utils import InputError, Recipe, UNet, draw_sample_pets, load_tensors, save_tensors, train
+from petseg_utils import (
+    InputError,
+    Recipe,
+    UNet,
+    draw_sample_pets,
+    load_tensors,
+    save_tensors,
+    train,
+)
 from support import machine, run_notebook, safe_files, sweep, tensor_files
 
 LONG = os.environ.get("PETSEG_FAULTS") == "long"
@@ -62,7 +71,9 @@ def table():
         for what in dict.fromkeys(what for what, _ in tried):
             right, told = tried[what, "right"], tried[what, "one sentence"]
             lines.append(f"| {what} | {right + told} | {right} | {told} |")
-        pets.write_atomically(pets.ROOT / "runs/faults.md", lambda file: file.write("\n".join([*lines, ""]).encode()))
+        pets.write_atomically(
+            pets.ROOT / "runs/faults.md", lambda file: file.write("\n".join([*lines, ""]).encode())
+        )
 
 
 def told(message: str, *words) -> None:
@@ -83,7 +94,9 @@ def one_sentence(what: str, *words):
     note(what, "one sentence")
 
 
-FORK = multiprocessing.get_context("fork")  # a process of its own, without the seconds that importing PyTorch takes
+FORK = multiprocessing.get_context(
+    "fork"
+)  # a process of its own, without the seconds that importing PyTorch takes
 
 
 def child(act, *arguments) -> multiprocessing.Process:
@@ -127,7 +140,7 @@ def same(one: UNet, other: UNet) -> bool:
     return all(torch.equal(*pair) for pair in pairs)
 
 
-# ----------------------------------------------------------------------------------------------- disk
+# --------------------------------------------------------------------------------------------- disk
 
 
 @pytest.fixture
@@ -135,7 +148,9 @@ def tiny_disk(tmp_path):
     """Return a folder on a disk of 2 MB of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True
+    )
     if done.returncode:
         pytest.skip("may not mount a disk of its own")
     yield folder
@@ -152,7 +167,9 @@ def test_full_disk_is_told_and_the_old_file_stays(tiny_disk):
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_disk_that_fills_up_in_training_keeps_the_last_checkpoint(tiny_disk, pets_in_memory, monkeypatch, epoch):
+def test_disk_that_fills_up_in_training_keeps_the_last_checkpoint(
+    tiny_disk, pets_in_memory, monkeypatch, epoch
+):
     path, recipe = tiny_disk / "checkpoint.pt", TINY
     seen = []
 
@@ -207,10 +224,14 @@ def test_read_only_disk_is_told(tiny_disk, pets_in_memory):
 def test_too_little_room_is_told_before_the_start(tiny_disk, tmp_path):
     with one_sentence("too little room, known beforehand", "3 MB", tiny_disk):
         safe_files.own_folder(tiny_disk, 3_000_000)
-    assert machine.room_for(Recipe(BASE_CHANNELS=32)) > 3 * 4 * 3 * 13_385_475  # three checkpoints of three copies
+    assert (
+        machine.room_for(Recipe(BASE_CHANNELS=32)) > 3 * 4 * 3 * 13_385_475
+    )  # three checkpoints of three copies
 
 
-@pytest.mark.parametrize("name", ["file", "checkpoint.pt", "weights.pt", "metrics.json", "history.csv"])
+@pytest.mark.parametrize(
+    "name", ["file", "checkpoint.pt", "weights.pt", "metrics.json", "history.csv"]
+)
 def test_folder_where_a_file_should_be_is_told(tmp_path, name):
     (tmp_path / name / "inside").mkdir(parents=True)
     with one_sentence("a folder where a file should be", tmp_path / name):
@@ -238,7 +259,9 @@ def test_content_reaches_the_disk_before_the_new_name_does(tmp_path, monkeypatch
     order = []
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(
-        os, "fsync", lambda number: (order.append(os.readlink(f"/proc/self/fd/{number}")), sync(number))
+        os,
+        "fsync",
+        lambda number: (order.append(os.readlink(f"/proc/self/fd/{number}")), sync(number)),
     )
     monkeypatch.setattr(os, "replace", lambda *names: (order.append("renamed"), replace(*names)))
     pets.write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
@@ -254,7 +277,9 @@ def test_kills_inside_writes_leave_the_old_file_or_the_new(tmp_path):
     def write():
         safe_files.own_folder(path.parent, 0)
         for number in itertools.count():
-            pets.write_atomically(path, lambda file, n=number: file.write(bytes([n % 256]) * 4_000_000))
+            pets.write_atomically(
+                path, lambda file, n=number: file.write(bytes([n % 256]) * 4_000_000)
+            )
 
     for number in range(KILLS):
         process = child(write)
@@ -265,7 +290,9 @@ def test_kills_inside_writes_leave_the_old_file_or_the_new(tmp_path):
         assert content == content[:1] * 4_000_000
         note("kill -9 inside a write", "right")
         path.unlink()
-    process = child(write)  # the next one removes what the killed ones left, and no dead one holds the lock
+    process = child(
+        write
+    )  # the next one removes what the killed ones left, and no dead one holds the lock
     wait_for(path)
     kill(process)
     assert len(list(path.parent.glob(".*.draft"))) <= 1
@@ -279,11 +306,13 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-# ----------------------------------------------------------------------------------------------- two at once
+# -------------------------------------------------------------------------------------- two at once
 
 
 @linux
-def test_second_process_in_a_runs_folder_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path, monkeypatch):
+def test_second_process_in_a_runs_folder_is_refused_and_a_killed_one_is_not_in_the_way(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(safe_files, "PATIENCE", 0.1)
 
     def own():
@@ -359,7 +388,7 @@ def test_killed_drawings_leave_nothing_that_looks_like_a_dataset(tmp_path):
     assert not list(tmp_path.glob(".drawing-*"))
 
 
-# ----------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 @pytest.fixture(scope="module")
@@ -412,14 +441,18 @@ def interrupt(monkeypatch, after: int) -> None:
 
 
 @pytest.mark.parametrize("steps", range(6))
-def test_interrupted_training_says_what_is_kept_and_the_same_cell_goes_on(tmp_path, pets_in_memory, monkeypatch, steps):
+def test_interrupted_training_says_what_is_kept_and_the_same_cell_goes_on(
+    tmp_path, pets_in_memory, monkeypatch, steps
+):
     """There are two steps in each of three epochs."""
     path = tmp_path / "checkpoint.pt"
     whole, model = new_net(), new_net()
     history = train(whole, *pets_in_memory, TINY)
     interrupt(monkeypatch, steps)
     kept = f"{path} keeps {steps // 2}" if steps >= 2 else "none was kept"
-    with one_sentence("Ctrl-C in training, then the same cell again", "of 3 epochs", kept, "run this cell again"):
+    with one_sentence(
+        "Ctrl-C in training, then the same cell again", "of 3 epochs", kept, "run this cell again"
+    ):
         train(model, *pets_in_memory, TINY, path)
     assert same(model, new_net())  # as before the cell
     again = train(model, *pets_in_memory, TINY, path)
@@ -438,7 +471,9 @@ def test_interrupted_training_without_a_checkpoint_starts_anew(pets_in_memory, m
     assert same(model, whole)
 
 
-def test_interrupted_training_with_another_recipe_starts_anew(tmp_path, pets_in_memory, monkeypatch):
+def test_interrupted_training_with_another_recipe_starts_anew(
+    tmp_path, pets_in_memory, monkeypatch
+):
     path, other = tmp_path / "checkpoint.pt", TINY.but(LEARNING_RATE=0.002)
     whole, model = new_net(), new_net()
     train(whole, *pets_in_memory, other)
@@ -452,7 +487,11 @@ def test_interrupted_training_with_another_recipe_starts_anew(tmp_path, pets_in_
 
 def test_longer_training_is_the_one_that_is_kept(tmp_path, pets_in_memory, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    for epochs in (2, 1, 1):  # the first is killed after two epochs, then two that start anew after one
+    for epochs in (
+        2,
+        1,
+        1,
+    ):  # the first is killed after two epochs, then two that start anew after one
         interrupt(monkeypatch, 2 * epochs)
         with pytest.raises(InputError):
             train(new_net(), *pets_in_memory, TINY, path)
@@ -460,7 +499,10 @@ def test_longer_training_is_the_one_that_is_kept(tmp_path, pets_in_memory, monke
 
 
 def test_resume_without_a_checkpoint_starts_anew(tmp_path, pets_in_memory):
-    assert len(train(new_net(), *pets_in_memory, TINY.but(RESUME=True), tmp_path / "checkpoint.pt")) == 3
+    assert (
+        len(train(new_net(), *pets_in_memory, TINY.but(RESUME=True), tmp_path / "checkpoint.pt"))
+        == 3
+    )
 
 
 def test_class_that_never_occurs_has_no_score_and_costs_no_results(tmp_path, pets_in_memory):
@@ -480,7 +522,7 @@ def test_no_images_are_told(pets_in_memory):
         train(new_net(), empty, pets_in_memory[0], TINY)
 
 
-# ----------------------------------------------------------------------------------------------- untrusted files
+# ---------------------------------------------------------------------------------- untrusted files
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +542,11 @@ def alike(one: object, other: object) -> bool:
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
-        return isinstance(other, dict) and list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
+        return (
+            isinstance(other, dict)
+            and list(one) == list(other)
+            and all(alike(one[key], other[key]) for key in one)
+        )
     return one == other
 
 
@@ -549,7 +595,9 @@ def poke(content: dict, *keys, value) -> dict:
 NAN = float("nan")
 CHECKPOINTS = {
     "NaN weights": lambda c: poke(c, "model", "out.bias", value=torch.full((3,), NAN)),
-    "infinite average": lambda c: poke(c, "average", "module.out.bias", value=torch.full((3,), math.inf)),
+    "infinite average": lambda c: poke(
+        c, "average", "module.out.bias", value=torch.full((3,), math.inf)
+    ),
     "NaN in the history": lambda c: poke(c, "history", 0, "train_loss", value=NAN),
     "empty schedule": lambda c: c | {"schedule": {}},
     "schedule a number": lambda c: c | {"schedule": 3},
@@ -571,7 +619,9 @@ CHECKPOINTS = {
     "another recipe": lambda c: poke(c, "recipe", "LEARNING_RATE", value=0.5),
     "optimizer empty": lambda c: c | {"optimizer": {}},
     "optimizer without groups": lambda c: poke(c, "optimizer", "param_groups", value=[]),
-    "momentum of another shape": lambda c: poke(c, "optimizer", "state", 0, "momentum", value=torch.ones(5)),
+    "momentum of another shape": lambda c: poke(
+        c, "optimizer", "state", 0, "momentum", value=torch.ones(5)
+    ),
     "momentum missing": lambda c: poke(c, "optimizer", "state", 0, value={}),
     "momentum a text": lambda c: poke(c, "optimizer", "state", 0, "momentum", value="much"),
     "a list": lambda c: [1, 2],
@@ -612,7 +662,9 @@ RAW = {
     "pickle": lambda data: pickle.dumps({"model": 1}),
     "pickle with code": lambda data: pickle.dumps({"model": Evil()}),
     "torch file with code": lambda data: saved({"model": Evil()}),
-    "old torch format": lambda data: saved({"a": torch.ones(1)}, _use_new_zipfile_serialization=False),
+    "old torch format": lambda data: saved(
+        {"a": torch.ones(1)}, _use_new_zipfile_serialization=False
+    ),
     "a block of zeros": lambda data: data[:3000] + bytes(512) + data[3512:],
 }
 
@@ -642,12 +694,14 @@ def test_weights_kept_before_there_were_checks_still_load():
     pets.load_weights(path, UNet(32))
 
 
-# ----------------------------------------------------------------------------------------------- datasets
+# ----------------------------------------------------------------------------------------- datasets
 
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory) -> Path:
-    return draw_sample_pets(tmp_path_factory.mktemp("intact"), trainval=24, test=12, seed=0, side=48)
+    return draw_sample_pets(
+        tmp_path_factory.mktemp("intact"), trainval=24, test=12, seed=0, side=48
+    )
 
 
 @pytest.fixture
@@ -661,7 +715,10 @@ def read(folder: Path) -> dict[str, pets.Pets]:
     train_names, valid_names = pets.hold_out(pets.read_split(folder, "trainval"))
     names = {"train": train_names, "valid": valid_names, "test": pets.read_split(folder, "test")}
     pets.check_run(Recipe(BATCH_SIZE=8), **names)
-    return {split: pets.load_pets(folder, chosen, 32, f"{split} images") for split, chosen in names.items()}
+    return {
+        split: pets.load_pets(folder, chosen, 32, f"{split} images")
+        for split, chosen in names.items()
+    }
 
 
 def lines(change):
@@ -698,7 +755,11 @@ def photo(change, name: str = "Bengal_1"):
 
     def damage(folder):
         path = folder / "images" / f"{name}.jpg"
-        path.write_bytes(change(Image.open(path) if change.__code__.co_varnames[0] == "image" else path.read_bytes()))
+        path.write_bytes(
+            change(
+                Image.open(path) if change.__code__.co_varnames[0] == "image" else path.read_bytes()
+            )
+        )
 
     return damage
 
@@ -708,7 +769,11 @@ def trimap(change):
 
     def damage(folder):
         path = folder / "annotations" / "trimaps" / "Bengal_1.png"
-        path.write_bytes(change(Image.open(path) if change.__code__.co_varnames[0] == "image" else path.read_bytes()))
+        path.write_bytes(
+            change(
+                Image.open(path) if change.__code__.co_varnames[0] == "image" else path.read_bytes()
+            )
+        )
 
     return damage
 
@@ -723,13 +788,21 @@ def turned(note: int, stored=None, trimap_too: bool = False, square: bool = Fals
     """Return a damage that stores a photo turned, with the EXIF note that says so."""
 
     def damage(folder):
-        path, mask = folder / "images" / "Bengal_1.jpg", folder / "annotations" / "trimaps" / "Bengal_1.png"
+        path, mask = (
+            folder / "images" / "Bengal_1.jpg",
+            folder / "annotations" / "trimaps" / "Bengal_1.png",
+        )
         image, labels = Image.open(path), Image.open(mask)
         if square:
-            image, labels = image.resize((40, 40)), labels.resize((40, 40), Image.Resampling.NEAREST)
+            image, labels = (
+                image.resize((40, 40)),
+                labels.resize((40, 40), Image.Resampling.NEAREST),
+            )
         exif = Image.Exif()
         exif[0x112] = note
-        (image.transpose(stored) if stored is not None else image).save(path, "JPEG", quality=95, exif=exif)
+        (image.transpose(stored) if stored is not None else image).save(
+            path, "JPEG", quality=95, exif=exif
+        )
         (labels.transpose(stored) if trimap_too else labels).save(mask)
 
     return damage
@@ -747,7 +820,9 @@ def without(pattern: str, count: int = 1):
 
 def only(keep):
     """Return a damage that keeps those lines of trainval.txt of which `keep` is true."""
-    return lines(lambda text: "".join(line for line in text.splitlines(keepends=True) if keep(line)))
+    return lines(
+        lambda text: "".join(line for line in text.splitlines(keepends=True) if keep(line))
+    )
 
 
 def replaced(pattern: str, count: int = 1, by=b"no picture"):
@@ -789,8 +864,12 @@ RIGHT = {  # these load as the intact dataset does
     "indented comment": lines(lambda text: "   # Image\n\t#\n" + text),
     "tabs": lines(lambda text: text.replace(" ", "\t")),
     "spaces around": lines(lambda text: text.replace("\n", "   \n  ")),
-    "names alone": lines(lambda text: "".join(f"{line.split()[0]}\n" for line in text.splitlines())),
-    "one column less": lines(lambda text: "".join(f"{line.rsplit(' ', 1)[0]}\n" for line in text.splitlines())),
+    "names alone": lines(
+        lambda text: "".join(f"{line.split()[0]}\n" for line in text.splitlines())
+    ),
+    "one column less": lines(
+        lambda text: "".join(f"{line.rsplit(' ', 1)[0]}\n" for line in text.splitlines())
+    ),
     "name with a space": renamed("Ben gal_1"),
     "name with hyphen and dot": renamed("Ben-gal.a+b_1"),
     "name of 200 letters": renamed("B" * 198 + "_1"),
@@ -819,10 +898,15 @@ OTHERWISE_RIGHT = {  # these load, with another content
     "black and white PNG": photo(lambda image: encode(image, "PNG", "1")),
     "grey PNG with transparency": photo(lambda image: encode(image, "PNG", "LA")),
     "trimap all background": trimap(lambda image: encode(image.point([2] * 256), "PNG")),
-    "trimap of 1 and 2 only": trimap(lambda image: encode(image.point([1, 1, 2, 2] + [2] * 252), "PNG")),
+    "trimap of 1 and 2 only": trimap(
+        lambda image: encode(image.point([1, 1, 2, 2] + [2] * 252), "PNG")
+    ),
     "photo of one pixel": lambda folder: [
         Image.new(mode, (1, 1), 1).save(folder / place)
-        for mode, place in (("RGB", "images/Bengal_1.jpg"), ("L", "annotations/trimaps/Bengal_1.png"))
+        for mode, place in (
+            ("RGB", "images/Bengal_1.jpg"),
+            ("L", "annotations/trimaps/Bengal_1.png"),
+        )
     ],
 }
 WRONG = {  # these are refused, in a sentence with these words
@@ -927,7 +1011,9 @@ def test_odd_dataset_loads_as_the_intact_one_does(intact, folder, damage):
     ours, theirs = by_name(folder), by_name(intact)
     assert ours.keys() == theirs.keys()
     for name, (image, mask) in theirs.items():
-        assert (ours[name][0] - image).abs().float().mean() < (8 if name == "Bengal_1" else 1e-6)  # JPEG loses a little
+        assert (ours[name][0] - image).abs().float().mean() < (
+            8 if name == "Bengal_1" else 1e-6
+        )  # JPEG loses a little
         assert (ours[name][1] == mask).float().mean() > (0.98 if name == "Bengal_1" else 0.999999)
     note("an odd dataset", "right")
 
@@ -935,12 +1021,18 @@ def test_odd_dataset_loads_as_the_intact_one_does(intact, folder, damage):
 def by_name(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return image and mask by the name before `renamed`."""
     splits = read(folder).values()
-    return {original(n): (i.int(), m) for split in splits for n, i, m in zip(*split[:3], strict=True)}
+    return {
+        original(n): (i.int(), m) for split in splits for n, i, m in zip(*split[:3], strict=True)
+    }
 
 
 def original(name: str) -> str:
     """Return an image's name before `renamed`."""
-    return name if name.split("_")[0] in {"beagle", "Maine", "pug", "Russian", "shiba", "Bengal"} else "Bengal_1"
+    return (
+        name
+        if name.split("_")[0] in {"beagle", "Maine", "pug", "Russian", "shiba", "Bengal"}
+        else "Bengal_1"
+    )
 
 
 @pytest.mark.parametrize("damage", OTHERWISE_RIGHT)
@@ -979,10 +1071,15 @@ def test_all_bad_files_are_told_together(folder, count, names):
 
 def test_bad_files_of_all_splits_are_told_when_the_first_split_is_loaded(folder):
     train, test = (pets.read_split(folder, split) for split in ("trainval", "test"))
-    paths = [folder / "images" / f"{train[0]}.jpg", folder / "annotations" / "trimaps" / f"{test[0]}.png"]
+    paths = [
+        folder / "images" / f"{train[0]}.jpg",
+        folder / "annotations" / "trimaps" / f"{test[0]}.png",
+    ]
     for path in paths:
         path.write_bytes(b"")
-    with one_sentence("several bad files at once", "2 of 36 images", *(path.name for path in paths)):
+    with one_sentence(
+        "several bad files at once", "2 of 36 images", *(path.name for path in paths)
+    ):
         pets.load_pets(folder, train, 16)
 
 
@@ -992,7 +1089,7 @@ def test_photo_that_is_none_is_told(tmp_path):
             pets.open_image(path)
 
 
-# ----------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 FIELDS = Recipe.model_fields
@@ -1002,13 +1099,19 @@ ANYTHING = st.one_of(
     st.text("猫_.-", max_size=100), st.sampled_from(["nan", "../x", "/etc", "a\0b", "False", "0", "", " ", "\ud800"]),
 )  # fmt: skip
 LIKELY = {
-    "int": st.one_of(st.integers(-3, 70), st.sampled_from([128, 256, 512, 1000, 1024, 1025, 2**31 - 1, 2**31])),
-    "float": st.one_of(st.floats(-0.1, 1.1), st.sampled_from([0.0, 1e-300, 100.0, 101.0, math.inf, NAN])),
+    "int": st.one_of(
+        st.integers(-3, 70), st.sampled_from([128, 256, 512, 1000, 1024, 1025, 2**31 - 1, 2**31])
+    ),
+    "float": st.one_of(
+        st.floats(-0.1, 1.1), st.sampled_from([0.0, 1e-300, 100.0, 101.0, math.inf, NAN])
+    ),
     "bool": st.booleans(),
     "str": st.text(max_size=20),
 }
 BY_NAME = {
-    name: st.one_of(LIKELY.get(getattr(field.annotation, "__name__", ""), st.text(max_size=9)), ANYTHING)
+    name: st.one_of(
+        LIKELY.get(getattr(field.annotation, "__name__", ""), st.text(max_size=9)), ANYTHING
+    )
     for name, field in FIELDS.items()
 }
 SMALL = {
@@ -1021,7 +1124,12 @@ SMALL = {
     "NORMS": st.integers(1, 2), "SCORE_SIZE": st.sampled_from([0, 7, 8, 33, 100]), "SEED": st.integers(-1, 2**31),
     **{name: st.booleans() for name in ("SKIPS", "MUON", "LINEAR_DECAY", "AVERAGE", "FLIP")},
 }  # fmt: skip
-bounded = settings(max_examples=EXAMPLES, deadline=10_000, suppress_health_check=list(HealthCheck), derandomize=True)
+bounded = settings(
+    max_examples=EXAMPLES,
+    deadline=10_000,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+)
 
 
 VERY_LONG = "猫x" * 2000
@@ -1064,18 +1172,24 @@ def test_any_value_of_any_parameter_is_taken_or_refused_at_once(name):
 @bounded
 @given(st.fixed_dictionaries({}, optional=SMALL))
 def test_any_combination_trains_or_is_refused(intact, values):
-    side, score = values.get("IMAGE_SIZE", 64), values.get("SCORE_SIZE") or values.get("IMAGE_SIZE", 64)
+    side, score = (
+        values.get("IMAGE_SIZE", 64),
+        values.get("SCORE_SIZE") or values.get("IMAGE_SIZE", 64),
+    )
     drawn = torch.Generator().manual_seed(0)
 
     def some(count, masks):
         images = torch.randint(256, (count, 3, side, side), generator=drawn, dtype=torch.uint8)
         labels = torch.randint(3, (count, masks, masks), generator=drawn, dtype=torch.uint8)
-        return pets.Pets(names[:count], images, labels, intact)  # whose photos SMALL_EPOCHS loads again
+        return pets.Pets(
+            names[:count], images, labels, intact
+        )  # whose photos SMALL_EPOCHS loads again
 
     names = pets.read_split(intact, "trainval")
     try:
         recipe = Recipe(
-            **{"EPOCHS": 1, "BASE_CHANNELS": 2, "DEPTH": 2, "BATCH_SIZE": 4, "PRECISION": "float32"} | values
+            **{"EPOCHS": 1, "BASE_CHANNELS": 2, "DEPTH": 2, "BATCH_SIZE": 4, "PRECISION": "float32"}
+            | values
         )
         model = UNet(recipe.BASE_CHANNELS, recipe.DEPTH, norms=recipe.NORMS, skips=recipe.SKIPS)
         held_out = some(3, score)
@@ -1089,7 +1203,7 @@ def test_any_combination_trains_or_is_refused(intact, values):
         note("any combination of parameters, trained", "one sentence")
 
 
-# ----------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 REAL = {"train": 3311, "valid": 369, "test": 3669}
@@ -1118,13 +1232,22 @@ def test_runs_that_fit_are_not_refused(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 8_000_000_000)
     machine.check_memory(Recipe(), {"train": 288, "valid": 32, "test": 80})
     real = Recipe(
-        IMAGE_SIZE=128, SCORE_SIZE=256, BASE_CHANNELS=32, EPOCHS=13, SMALL_EPOCHS="2 at 64, 3 at 128", FLIP=True
+        IMAGE_SIZE=128,
+        SCORE_SIZE=256,
+        BASE_CHANNELS=32,
+        EPOCHS=13,
+        SMALL_EPOCHS="2 at 64, 3 at 128",
+        FLIP=True,
     )
     machine.check_memory(real, REAL)
 
 
 def test_limit_of_a_container_counts(monkeypatch, tmp_path):
-    for name, text in (("max", "3000000000"), ("current", "2500000000"), ("stat", "anon 1\ninactive_file 500000000\n")):
+    for name, text in (
+        ("max", "3000000000"),
+        ("current", "2500000000"),
+        ("stat", "anon 1\ninactive_file 500000000\n"),
+    ):
         (tmp_path / f"memory.{name}").write_text(text)
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
     own = machine.psutil.Process().memory_info().rss
@@ -1140,9 +1263,14 @@ def limit_memory(more: int) -> None:
 @linux
 @pytest.mark.parametrize("what", ["train", "evaluate", "load"])
 def test_memory_that_runs_out_is_told(what, intact, monkeypatch):
-    monkeypatch.setattr(pets, "check_memory", lambda *arguments: None)  # as if the forecast had been too low
+    monkeypatch.setattr(
+        pets, "check_memory", lambda *arguments: None
+    )  # as if the forecast had been too low
     side, names = 512, pets.read_split(intact, "test") * 500
-    images, masks = torch.zeros(48, 3, side, side, dtype=torch.uint8), torch.zeros(48, side, side, dtype=torch.uint8)
+    images, masks = (
+        torch.zeros(48, 3, side, side, dtype=torch.uint8),
+        torch.zeros(48, side, side, dtype=torch.uint8),
+    )
     some = pets.Pets(names[:48], images, masks)
     recipe = Recipe(IMAGE_SIZE=side, BATCH_SIZE=48, EPOCHS=1, AUGMENT=0.0)
     acts = {
@@ -1158,11 +1286,14 @@ def test_memory_that_runs_out_is_told(what, intact, monkeypatch):
 def test_limit_of_the_address_space_is_forecast():
     names = {"train": ["a"] * 288, "valid": ["a"] * 32, "test": ["a"] * 80}
     large = Recipe(BASE_CHANNELS=64)  # larger than this process may be already
-    told(complaint(lambda: (limit_memory(100_000_000), pets.check_run(large, **names))), "GB are free")
+    told(
+        complaint(lambda: (limit_memory(100_000_000), pets.check_run(large, **names))),
+        "GB are free",
+    )
     note("a run larger than the memory", "one sentence")
 
 
-# ----------------------------------------------------------------------------------------------- download
+# ----------------------------------------------------------------------------------------- download
 
 
 @pytest.fixture
@@ -1196,18 +1327,24 @@ def server(intact, tmp_path, monkeypatch):
     thread = threading.Thread(target=host.serve_forever, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{host.server_port}"
-    resources = [(f"{address}/{name}", hashlib.md5(data).hexdigest()) for name, data in archives.items()]
+    resources = [
+        (f"{address}/{name}", hashlib.md5(data).hexdigest()) for name, data in archives.items()
+    ]
     monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", resources)
     yield faults
     host.shutdown()
     host.server_close()
 
 
-@pytest.mark.parametrize("fault", [None, {"cut": True}, {"wrong": True}, {"status": 404}, {"status": 503}], ids=str)
+@pytest.mark.parametrize(
+    "fault", [None, {"cut": True}, {"wrong": True}, {"status": 404}, {"status": 503}], ids=str
+)
 def test_download_works_and_after_a_fault_works_again(server, intact, tmp_path, fault):
     if fault:
         server.update(fault)
-        with one_sentence("a download that fails, then again", "try again", "images.tar.gz", "annotations.tar.gz"):
+        with one_sentence(
+            "a download that fails, then again", "try again", "images.tar.gz", "annotations.tar.gz"
+        ):
             pets.find_dataset(tmp_path / "data", download=True)
         server.clear()
     folder = pets.find_dataset(tmp_path / "data", download=True)
@@ -1216,7 +1353,9 @@ def test_download_works_and_after_a_fault_works_again(server, intact, tmp_path, 
 
 
 def test_download_without_a_network_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", [("http://127.0.0.1:9/images.tar.gz", "0" * 32)])
+    monkeypatch.setattr(
+        OxfordIIITPet, "_RESOURCES", [("http://127.0.0.1:9/images.tar.gz", "0" * 32)]
+    )
     with one_sentence("a download without a network", "try again", "images.tar.gz", str(tmp_path)):
         pets.find_dataset(tmp_path / "data", download=True)
 
@@ -1227,7 +1366,7 @@ def test_download_to_a_full_disk_is_told(server, tiny_disk):
         pets.find_dataset(tiny_disk / "data", download=True)
 
 
-# ----------------------------------------------------------------------------------------------- make run
+# ----------------------------------------------------------------------------------------- make run
 
 
 @pytest.fixture
@@ -1243,7 +1382,9 @@ def start(name: str, *options: str) -> subprocess.Popen:
     values = ("IMAGE_SIZE 32", "BASE_CHANNELS 4", "DEPTH 2", "EPOCHS 1", "LIMIT 60", "BATCH_SIZE 8")
     words = [word for value in (*values, *options) for word in ("-p", *value.split(" ", 1))]
     command = [sys.executable, "-m", "support.command", "run", name, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT
+    )
 
 
 @pytest.mark.parametrize("name", ["../zz", "", "a/b", "/tmp/zz", "x" * 101, "猫" * 34, "a b", ".."])
@@ -1262,12 +1403,17 @@ def test_last_line_of_make_run_is_the_sentence():
 
 @linux
 @pytest.mark.parametrize(
-    "words", [["run", "../zz"], ["compare", "-r", "RUNS", "runs/nowhere"], ["photo", ""], ["sweep", ""]]
+    "words",
+    [["run", "../zz"], ["compare", "-r", "RUNS", "runs/nowhere"], ["photo", ""], ["sweep", ""]],
 )
 def test_interrupt_while_the_modules_load_ends_in_one_sentence(words):
     command = [sys.executable, "-m", "support.command", *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT, start_new_session=True)
-    while not re.search("libtorch|rpds", Path(f"/proc/{process.pid}/maps").read_text()):  # some seconds before the end
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT, start_new_session=True
+    )
+    while not re.search(
+        "libtorch|rpds", Path(f"/proc/{process.pid}/maps").read_text()
+    ):  # some seconds before the end
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=LONGEST)
@@ -1301,7 +1447,9 @@ def test_stopped_run_ends_in_one_sentence(run_name, moment, fault):
     folder = pets.ROOT / "runs" / run_name
     folder.mkdir(parents=True)
     (folder / "unfinished.ipynb").write_text("of an earlier run")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell lets what runs in the background ignore it
     process = start(run_name, "EPOCHS 1000")
     wait_for(folder / moment)
     if fault == signal.SIGINT:
@@ -1311,7 +1459,11 @@ def test_stopped_run_ends_in_one_sentence(run_name, moment, fault):
             kernel.send_signal(fault)
     _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 1
-    told(errors.strip().splitlines()[-1], "stopped", "go on from" if moment == "checkpoint.pt" else "start again")
+    told(
+        errors.strip().splitlines()[-1],
+        "stopped",
+        "go on from" if moment == "checkpoint.pt" else "start again",
+    )
     assert "Traceback" not in errors
     assert moment == ".notebook.lock" or not (folder / "unfinished.ipynb").exists()
     note(f"{fault.name} in make run", "one sentence")
@@ -1329,7 +1481,9 @@ def test_second_run_of_a_name_is_refused(run_name):
 
 
 @long
-@pytest.mark.parametrize("values", [["DEPTH 5"], ["SCORE_SIZE 512"], ["BASE_CHANNELS 32", "DEPTH 5", "IMAGE_SIZE 64"]])
+@pytest.mark.parametrize(
+    "values", [["DEPTH 5"], ["SCORE_SIZE 512"], ["BASE_CHANNELS 32", "DEPTH 5", "IMAGE_SIZE 64"]]
+)
 def test_forecast_of_the_memory_is_about_what_a_notebook_takes(run_name, values):
     process = start(run_name, *values)
     peak = 0

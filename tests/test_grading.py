@@ -1,4 +1,5 @@
-"""The grader: what it makes of right, wrong and unfinished hand-ins, and the workflows that call it.
+"""The grader: what it makes of right, wrong and unfinished hand-ins, and the workflows that call
+it.
 
 The grader forks processes that import other modules, so it runs in a process of its own here.
 """
@@ -23,7 +24,13 @@ from nbclient.exceptions import DeadKernelError
 
 from grading import notebook as grader
 from grading import test_notebook as notebook_criteria
-from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, NOTEBOOK_FAULTS, NOTEBOOK_HARMLESS, OUTPUT_FAULTS
+from grading.mutants import (
+    MODULE_FAULTS,
+    MODULE_HARMLESS,
+    NOTEBOOK_FAULTS,
+    NOTEBOOK_HARMLESS,
+    OUTPUT_FAULTS,
+)
 from grading.student import TO_WRITE, without_bodies, write_edition
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +49,14 @@ def grade_quickly(source: str, folder: Path, *, cwd: Path = ROOT) -> dict:
     """Grade a module and return grade.json."""
     (folder / "hand-in").mkdir(parents=True, exist_ok=True)
     (folder / "hand-in" / "petseg_utils.py").write_text(source)
-    done = run("grade", "--quick", "--hand-in", folder / "hand-in", "--out", folder / "out", cwd=cwd)
+    done = run(
+        "grade", "--quick", "--hand-in", folder / "hand-in", "--out", folder / "out", cwd=cwd
+    )
     assert (folder / "out" / "grade.json").exists(), done.stdout + done.stderr
-    return json.loads((folder / "out" / "grade.json").read_text()) | {"status": done.returncode, "said": done.stdout}
+    return json.loads((folder / "out" / "grade.json").read_text()) | {
+        "status": done.returncode,
+        "said": done.stdout,
+    }
 
 
 def got(graded: dict) -> dict[str, int]:
@@ -69,9 +81,14 @@ def test_rubric_has_a_hundred_points_and_every_criterion_a_sentence():
 
 def test_grader_names_the_test_that_the_rubric_has_and_nobody_wrote():
     tests = [OF_MODULE[0]["tests"][0], "tests/test_scores.py::test_nothing"]
-    program = f"from grading.grade import *; prepare(); expected_tests([Criterion('a', 1, '', {tests})])"
+    program = (
+        f"from grading.grade import *; prepare(); expected_tests([Criterion('a', 1, '', {tests})])"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.strip() == "rubric.toml names tests/test_scores.py::test_nothing, which is not there."
+    assert (
+        done.stderr.strip()
+        == "rubric.toml names tests/test_scores.py::test_nothing, which is not there."
+    )
 
 
 def test_every_criterion_has_a_mutant_and_mutants_are_many():
@@ -88,8 +105,17 @@ def test_every_mutant_still_applies(source):
     """Each text is there exactly once; one that isn't must follow the source it changes."""
     notebook = nbformat.read(ROOT / "notebooks" / "pet_segmentation.ipynb", as_version=4)
     cells = "\n".join(cell.source for cell in notebook.cells)
-    tables = ((source, (*MODULE_FAULTS, *MODULE_HARMLESS)), (cells, (*NOTEBOOK_FAULTS, *NOTEBOOK_HARMLESS)))
-    lost = {m.name: old for text, table in tables for m in table for old in m.changes[::2] if text.count(old) != 1}
+    tables = (
+        (source, (*MODULE_FAULTS, *MODULE_HARMLESS)),
+        (cells, (*NOTEBOOK_FAULTS, *NOTEBOOK_HARMLESS)),
+    )
+    lost = {
+        m.name: old
+        for text, table in tables
+        for m in table
+        for old in m.changes[::2]
+        if text.count(old) != 1
+    }
     assert lost == {}
 
 
@@ -122,7 +148,9 @@ def test_module_that_replaces_pytest_and_leaves_gets_nothing(source, tmp_path):
     assert graded["points"] == 0
     assert graded["status"] == 1
     assert all("a test that must fail passed" in row["why"] for row in graded["criteria"])
-    assert len(list(ElementTree.parse(tmp_path / "out" / "junit.xml").iter("failure"))) == len(OF_MODULE)
+    assert len(list(ElementTree.parse(tmp_path / "out" / "junit.xml").iter("failure"))) == len(
+        OF_MODULE
+    )
 
 
 def test_hand_in_writes_neither_to_the_project_nor_reaches_a_network(source, tmp_path):
@@ -192,13 +220,21 @@ for name, outcome in run_jobs([Job(name, globals()[name], s) for name, s in seco
 def test_sandbox_ends_what_forks_hides_or_floods(tmp_path):
     """Each job is killed with all that it started, and the grader goes on to the next."""
     if subprocess.run(["unshare", "-rpf", "true"], capture_output=True).returncode != 0:
-        pytest.skip("this system lends no namespaces: what leaves its process group isn't found here")
+        pytest.skip(
+            "this system lends no namespaces: what leaves its process group isn't found here"
+        )
     (tmp_path / "hostile.py").write_text(HOSTILE)
     command = [sys.executable, str(tmp_path / "hostile.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     ends = ["bomb killed True True", "hide killed True True", "flood killed True False"]
     assert done.stdout.splitlines() == ends, done.stderr
-    left = [process.pid for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == command]
+    left = [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"] == command
+    ]
     assert left == []
 
 
@@ -215,7 +251,9 @@ def small_notebook() -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=cells)
 
 
-@pytest.mark.parametrize("fault", [None, *OUTPUT_FAULTS], ids=lambda fault: fault.name if fault else "as it was run")
+@pytest.mark.parametrize(
+    "fault", [None, *OUTPUT_FAULTS], ids=lambda fault: fault.name if fault else "as it was run"
+)
 def test_stored_outputs_fail_with_the_reason(tmp_path, monkeypatch, fault):
     notebook = small_notebook()
     (tmp_path / "notebooks").mkdir()
@@ -233,7 +271,11 @@ def test_stored_outputs_fail_with_the_reason(tmp_path, monkeypatch, fault):
 
 def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
     notebook = small_notebook()
-    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "language": "python",
+        "display_name": "Python 3",
+    }
     notebook.cells[2].source = "import os; os._exit(0)"
     for name in ("notebooks", "support", "grading"):
         (tmp_path / name).mkdir()
@@ -245,7 +287,9 @@ def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
     with pytest.raises(DeadKernelError):
         grader.execute(tmp_path, [].append)
     monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
-    with pytest.raises(AssertionError, match="every cell to be executed, found code cell 3 that was not"):
+    with pytest.raises(
+        AssertionError, match="every cell to be executed, found code cell 3 that was not"
+    ):
         notebook_criteria.test_notebook_runs_to_its_end()
 
 
@@ -255,12 +299,14 @@ def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
 def test_student_edition_keeps_docstrings_and_loses_bodies(source):
     cut = ast.parse(without_bodies(source, TO_WRITE))
     bodies = [node.body for node in ast.walk(cut) if isinstance(node, ast.FunctionDef)]
-    assert sum(isinstance(body[-1], ast.Raise) and "Write " in ast.unparse(body[-1]) for body in bodies) == len(
-        TO_WRITE
-    )
+    assert sum(
+        isinstance(body[-1], ast.Raise) and "Write " in ast.unparse(body[-1]) for body in bodies
+    ) == len(TO_WRITE)
 
     def docstrings(tree: ast.Module) -> list[str | None]:
-        return [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        return [
+            ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+        ]
 
     kept = docstrings(cut)
     assert [text for text in docstrings(ast.parse(source)) if text and text not in kept] == []
@@ -284,7 +330,11 @@ def test_score_rises_function_by_function():
 def test_student_edition_is_complete_and_holds_no_grader(tmp_path):
     folder = tmp_path / "student"
     write_edition(folder)
-    assert not [path for path in folder.rglob("*.py") if "mutant" in path.name or path.name == "test_notebook.py"]
+    assert not [
+        path
+        for path in folder.rglob("*.py")
+        if "mutant" in path.name or path.name == "test_notebook.py"
+    ]
     cells = nbformat.read(folder / "notebooks" / "pet_segmentation.ipynb", as_version=4).cells
     assert not [cell for cell in cells if cell.get("outputs")]
     done = run("grade", "--quick", "--hints", cwd=folder)

@@ -12,7 +12,12 @@ from petseg_utils import UNet, check_side, conv_plus_conv
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 5, 7), (3, 1, 1)])
 def test_conv_plus_conv_changes_only_the_channels(shape):
     count, height, width = shape
-    assert conv_plus_conv(4, 6).eval()(torch.zeros(count, 4, height, width)).shape == (count, 6, height, width)
+    assert conv_plus_conv(4, 6).eval()(torch.zeros(count, 4, height, width)).shape == (
+        count,
+        6,
+        height,
+        width,
+    )
 
 
 def test_conv_plus_conv_is_convolution_norm_and_activation_twice():
@@ -27,7 +32,8 @@ def test_conv_plus_conv_is_convolution_norm_and_activation_twice():
 def test_one_norm_leaves_out_the_second():
     assert [type(layer) for layer in conv_plus_conv(4, 6, norms=1)][4] is nn.Identity
     norms = [
-        sum(isinstance(module, nn.BatchNorm2d) for module in UNet(2, 3, norms=norms).modules()) for norms in (1, 2)
+        sum(isinstance(module, nn.BatchNorm2d) for module in UNet(2, 3, norms=norms).modules())
+        for norms in (1, 2)
     ]
     assert norms == [7, 14]  # three blocks down, the bottleneck, three up
 
@@ -39,14 +45,18 @@ def test_activation_in_place_changes_no_output_and_no_gradient(norms):
     copied = deepcopy(block)
     for layer in copied[2::3]:
         layer.inplace = False
-    ours, theirs = (torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    ours, theirs = (
+        torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(1)) for _ in range(2)
+    )
     given = ours.clone()
     outputs = [one(x.requires_grad_()) for one, x in ((block, ours), (copied, theirs))]
     torch.testing.assert_close(*outputs)
     for output in outputs:
         output.square().sum().backward()
     assert torch.equal(ours, given)
-    for mine, yours in zip((ours, *block.parameters()), (theirs, *copied.parameters()), strict=True):
+    for mine, yours in zip(
+        (ours, *block.parameters()), (theirs, *copied.parameters()), strict=True
+    ):
         torch.testing.assert_close(mine.grad, yours.grad)
 
 
@@ -56,7 +66,9 @@ def test_without_skips_only_what_pooling_keeps_has_influence(skips):
     model = UNet(2, 2, skips=skips).eval()
     kept = []
     for down in model.downs:
-        down.register_forward_hook(lambda _m, _i, output: (output.retain_grad(), kept.append(output))[1])
+        down.register_forward_hook(
+            lambda _m, _i, output: (output.retain_grad(), kept.append(output))[1]
+        )
     model(torch.randn(1, 3, 16, 16)).square().sum().backward()
     for output in kept:
         used = (output.grad != 0).float().mean().item()
@@ -64,7 +76,9 @@ def test_without_skips_only_what_pooling_keeps_has_influence(skips):
 
 
 @pytest.mark.parametrize("base_channels", [1, 2, 5])
-@pytest.mark.parametrize(("depth", "side"), [(1, 2), (1, 14), (2, 4), (2, 20), (3, 8), (3, 24), (5, 32)])
+@pytest.mark.parametrize(
+    ("depth", "side"), [(1, 2), (1, 14), (2, 4), (2, 20), (3, 8), (3, 24), (5, 32)]
+)
 def test_logits_have_the_size_of_the_images(base_channels, depth, side):
     model = UNet(base_channels, depth).eval()
     assert model(torch.zeros(2, 3, side, side)).shape == (2, 3, side, side)
@@ -107,21 +121,33 @@ def test_gradients_reach_every_parameter(depth):
 def test_concatenation_puts_the_upsampled_before_the_skip():
     model = UNet(2, 1).eval()
     caught = {}
-    model.downs[0].register_forward_hook(lambda _module, _inputs, output: caught.update(skip=output))
-    model.bottleneck.register_forward_hook(lambda _module, _inputs, output: caught.update(bottom=output))
+    model.downs[0].register_forward_hook(
+        lambda _module, _inputs, output: caught.update(skip=output)
+    )
+    model.bottleneck.register_forward_hook(
+        lambda _module, _inputs, output: caught.update(bottom=output)
+    )
     model.ups[0].register_forward_pre_hook(lambda _module, inputs: caught.update(joined=inputs[0]))
     model(torch.randn(1, 3, 8, 8))
-    upsampled = caught["bottom"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # the nearest neighbour
+    upsampled = (
+        caught["bottom"].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    )  # the nearest neighbour
     assert torch.equal(caught["joined"], torch.cat((upsampled, caught["skip"]), dim=1))
 
 
 def test_pooling_keeps_the_largest_of_four():
     model = UNet(2, 1).eval()
     caught = {}
-    model.downs[0].register_forward_hook(lambda _module, _inputs, output: caught.update(kept=output))
-    model.bottleneck.register_forward_pre_hook(lambda _module, inputs: caught.update(pooled=inputs[0]))
+    model.downs[0].register_forward_hook(
+        lambda _module, _inputs, output: caught.update(kept=output)
+    )
+    model.bottleneck.register_forward_pre_hook(
+        lambda _module, inputs: caught.update(pooled=inputs[0])
+    )
     model(torch.randn(1, 3, 8, 8))
-    assert torch.equal(caught["pooled"], caught["kept"].unflatten(3, (4, 2)).unflatten(2, (4, 2)).amax((3, 5)))
+    assert torch.equal(
+        caught["pooled"], caught["kept"].unflatten(3, (4, 2)).unflatten(2, (4, 2)).amax((3, 5))
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ def test_orthogonalize_in_bfloat16_levels_nearly_as_well():
     values = torch.linalg.svdvals(orthogonalize(matrix, torch.bfloat16))
     assert 0.8 < values.min() <= values.max() < 1.25
     assert (
-        torch.cosine_similarity(*(orthogonalize(matrix, p).flatten() for p in (torch.float32, torch.bfloat16)), 0)
+        torch.cosine_similarity(
+            *(orthogonalize(matrix, p).flatten() for p in (torch.float32, torch.bfloat16)), 0
+        )
         > 0.999
     )
 
@@ -48,7 +50,10 @@ def test_muon_steps_as_pytorchs_own_does_on_the_flattened_kernel():
         matrix.grad = kernel.grad.flatten(1)
         ours.step()
         theirs.step()
-    moved, expected = (kernel.detach().flatten(1) - start).flatten(), (matrix.detach() - start).flatten()
+    moved, expected = (
+        (kernel.detach().flatten(1) - start).flatten(),
+        (matrix.detach() - start).flatten(),
+    )
     assert torch.cosine_similarity(moved, expected, 0) > 0.998
     assert 0.9 < moved.norm() / expected.norm() < 1.15
 

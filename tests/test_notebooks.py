@@ -44,14 +44,16 @@ def outputs(stem: str) -> list[dict]:
     return [output for cell in CODE[stem] for output in cell.outputs]
 
 
-def papermill(output: Path, cwd: Path = petseg_utils.ROOT, **parameters) -> subprocess.CompletedProcess:
+def papermill(
+    output: Path, cwd: Path = petseg_utils.ROOT, **parameters
+) -> subprocess.CompletedProcess:
     """Run the narrative through papermill, as a person would, from the folder `cwd`."""
     options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(output), *options]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-# ------------------------------------------------------------------------------------------------- policy
+# ------------------------------------------------------------------------------------------- policy
 
 
 @EACH
@@ -92,14 +94,22 @@ def test_every_code_cell_was_executed_in_order(stem):
 @EACH
 def test_cells_that_show_something_have_outputs(stem):
     """A notebook without stored outputs would pass nbval, and say nothing."""
-    shows = [cell for cell in CODE[stem] if re.search(r"^(print|show|display|HTML)\(", cell.source, re.MULTILINE)]
+    shows = [
+        cell
+        for cell in CODE[stem]
+        if re.search(r"^(print|show|display|HTML)\(", cell.source, re.MULTILINE)
+    ]
     assert len(shows) >= FEWEST[stem]["shows"]
     assert all(cell.outputs for cell in shows)
 
 
 def test_default_run_beats_the_majority_class_by_15_points():
     texts = [output.get("data", {}).get("text/html", "") for output in outputs(NOTEBOOK.stem)]
-    (lead,) = [float(found[1]) for text in texts if (found := re.search(r"([+-][\d.]+) percentage points", text))]
+    (lead,) = [
+        float(found[1])
+        for text in texts
+        if (found := re.search(r"([+-][\d.]+) percentage points", text))
+    ]
     assert lead >= 15
 
 
@@ -118,14 +128,20 @@ def test_readme_pictures_and_links_exist():
 
 @EACH
 def test_no_errors_stderr_or_progress_stored(stem):
-    assert not [one for one in outputs(stem) if one.output_type == "error" or one.get("name") == "stderr"]
+    assert not [
+        one for one in outputs(stem) if one.output_type == "error" or one.get("name") == "stderr"
+    ]
     assert not re.search(r"\d+%\|", json.dumps(outputs(stem)))
 
 
 @EACH
 def test_no_path_of_a_machine_stored(stem):
-    shown = [{k: v for k, v in one.get("data", {}).items() if k != "image/png"} for one in outputs(stem)]
-    texts = json.dumps([[cell.source for cell in CELLS[stem]], shown, [one.get("text") for one in outputs(stem)]])
+    shown = [
+        {k: v for k, v in one.get("data", {}).items() if k != "image/png"} for one in outputs(stem)
+    ]
+    texts = json.dumps(
+        [[cell.source for cell in CELLS[stem]], shown, [one.get("text") for one in outputs(stem)]]
+    )
     assert str(petseg_utils.ROOT) not in texts
     assert not re.search(r"(/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\)", texts)
 
@@ -166,18 +182,26 @@ def test_parameters_cell_is_that_of_the_recipe():
     lines = [line for line in PARAMETERS_CELL.source.splitlines() if not line.startswith("#")]
     expected = []
     for name, field in petseg_utils.Recipe.model_fields.items():
-        default = json.dumps(field.default) if isinstance(field.default, str) else repr(field.default)
-        expected.append(f"{name}: {type(field.default).__name__} = {default}  # {field.description}")
+        default = (
+            json.dumps(field.default) if isinstance(field.default, str) else repr(field.default)
+        )
+        expected.append(
+            f"{name}: {type(field.default).__name__} = {default}  # {field.description}"
+        )
     assert lines == expected
 
 
-# ------------------------------------------------------------------------------------------------- cells
+# -------------------------------------------------------------------------------------------- cells
 
 
 def section(title: str) -> list[str]:
     """Return the code of the narrative's section (level 2) of that title."""
     texts = [(cell.cell_type, cell.source) for cell in CELLS[NOTEBOOK.stem]]
-    starts = [i for i, (kind, text) in enumerate(texts) if kind == "markdown" and re.search("^## ", text, re.MULTILINE)]
+    starts = [
+        i
+        for i, (kind, text) in enumerate(texts)
+        if kind == "markdown" and re.search("^## ", text, re.MULTILINE)
+    ]
     (start,) = [i for i in starts if re.search(f"^## {title}$", texts[i][1], re.MULTILINE)]
     end = min((i for i in starts if i > start), default=len(texts))
     return [text for kind, text in texts[start:end] if kind == "code"]
@@ -187,7 +211,12 @@ def test_checks_before_training_leave_no_trace_in_the_model(pets, capsys):
     torch.manual_seed(0)
     model = petseg_utils.UNet(4, 2)
     before = deepcopy(model.state_dict())
-    here = {"model": model, "train_pets": pets, "device": torch.device("cpu"), "precision": torch.float32}
+    here = {
+        "model": model,
+        "train_pets": pets,
+        "device": torch.device("cpu"),
+        "precision": torch.float32,
+    }
     here |= {"pets": petseg_utils, "np": np, "torch": torch, "F": F, "deepcopy": deepcopy}
     cells = section("Check before you train")
     assert len(cells) >= 4
@@ -198,7 +227,7 @@ def test_checks_before_training_leave_no_trace_in_the_model(pets, capsys):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------- papermill
+# ---------------------------------------------------------------------------------------- papermill
 
 
 def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
@@ -216,7 +245,14 @@ def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
     model = petseg_utils.UNet(4, 2)
     petseg_utils.load_weights(run_folder / "weights.pt", model)
     assert run["model"]["parameters"] == sum(p.numel() for p in model.parameters())
-    assert run["training"].keys() >= {"epochs", "steps", "seconds", "images_per_second", "device", "precision"}
+    assert run["training"].keys() >= {
+        "epochs",
+        "steps",
+        "seconds",
+        "images_per_second",
+        "device",
+        "precision",
+    }
     for split in ("valid", "test"):
         matrix = torch.tensor(run[split]["confusion_matrix"])
         assert matrix.sum() == run[split]["images"] * 32**2
@@ -255,7 +291,7 @@ def test_papermill_ends_a_mistake_in_one_sentence(tmp_path, run_folder, paramete
     assert not (run_folder / "checkpoint.pt").exists()
 
 
-# ------------------------------------------------------------------------------------------------- nbval
+# -------------------------------------------------------------------------------------------- nbval
 
 
 def grade(project: Path) -> subprocess.CompletedProcess:
@@ -268,7 +304,11 @@ def test_nbval_goes_red_for_a_wrong_model_and_for_a_wrong_output(tmp_path):
     """Grade the counts of the course's net in a copy of the project, as it is and with a mistake."""
     for path in (*petseg_utils.ROOT.glob("*.py"), petseg_utils.ROOT / "pyproject.toml"):
         shutil.copy(path, tmp_path)
-    counts = [cell for cell in NARRATIVE if cell.source.startswith("net = pets.UNet(base_channels=32, depth=5)")]
+    counts = [
+        cell
+        for cell in NARRATIVE
+        if cell.source.startswith("net = pets.UNet(base_channels=32, depth=5)")
+    ]
     first = nbformat.v4.new_code_cell("import petseg_utils as pets", execution_count=1)
     (tmp_path / "notebooks").mkdir()
     copy = tmp_path / "notebooks" / "shapes.ipynb"
@@ -284,7 +324,9 @@ def test_nbval_goes_red_for_a_wrong_model_and_for_a_wrong_output(tmp_path):
     copy.write_text(right)
     module = tmp_path / "petseg_utils.py"
     source = module.read_text()
-    wrong = source.replace("base_channels * 2**level for level in range(depth)", "base_channels for _ in range(depth)")
+    wrong = source.replace(
+        "base_channels * 2**level for level in range(depth)", "base_channels for _ in range(depth)"
+    )
     assert wrong != source
     module.write_text(wrong)
     assert "1 failed" in grade(tmp_path).stdout

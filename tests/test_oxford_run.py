@@ -1,4 +1,5 @@
-"""The run on the real dataset that is kept: it is whole, its numbers are those of its files, and the README quotes it.
+"""The run on the real dataset that is kept: it is whole, its numbers are those of its files, and
+the README quotes it.
 
 It is a record of the code that made it, so nothing here compares its cells with those of today.
 """
@@ -16,14 +17,20 @@ from support.sweep import cut
 FOLDER = pets.ROOT / "notebooks" / "oxford_run"
 RUN = pets.read_run(FOLDER)
 RECIPE = pets.Recipe(**RUN["parameters"])
-CODE = [cell for cell in nbformat.read(FOLDER / "notebook.ipynb", as_version=4).cells if cell.cell_type == "code"]
+CODE = [
+    cell
+    for cell in nbformat.read(FOLDER / "notebook.ipynb", as_version=4).cells
+    if cell.cell_type == "code"
+]
 OUTPUTS = [output for cell in CODE for output in cell.outputs]
 README = " ".join((pets.ROOT / "README.md").read_text().split())
 
 
 def shown(pattern: str) -> tuple[str, ...]:
     """Return what the one place in the notebook's texts that fits says."""
-    texts = [output.get("text") or output.get("data", {}).get("text/html", "") for output in OUTPUTS]
+    texts = [
+        output.get("text") or output.get("data", {}).get("text/html", "") for output in OUTPUTS
+    ]
     (found,) = [match for text in texts for match in re.finditer(pattern, text)]
     return found.groups()
 
@@ -48,19 +55,25 @@ def test_kept_notebook_was_given_the_parameters_of_the_metrics():
 
 def test_kept_notebook_shows_the_scores_of_the_metrics():
     test = RUN["test"]
-    accuracy, iou, images = shown(r"<b>(.+)%</b> pixel accuracy, .+ a mean IoU of <b>(.+)</b> on ([\d,]+) test images")
+    accuracy, iou, images = shown(
+        r"<b>(.+)%</b> pixel accuracy, .+ a mean IoU of <b>(.+)</b> on ([\d,]+) test images"
+    )
     assert float(accuracy) == pytest.approx(100 * test["pixel_accuracy"], abs=0.05)
     assert float(iou) == pytest.approx(test["mean_iou"], abs=0.0005)
     assert int(images.replace(",", "")) == test["images"]
     for name in pets.CLASSES:
-        both = [float(number) for number in shown(rf"<td>{name}</td><td>([\d.]+)</td><td>([\d.]+)</td>")]
+        both = [
+            float(number) for number in shown(rf"<td>{name}</td><td>([\d.]+)</td><td>([\d.]+)</td>")
+        ]
         assert both == pytest.approx([test["iou"][name], test["dice"][name]], abs=0.0005)
 
 
 def test_kept_notebook_shows_the_sizes_of_the_metrics():
     splits = {name: RUN["dataset"][name] for name in ("train", "valid", "test")}
     assert shown(r"images: (\{.+?\})") == (str(splits),)
-    assert shown(r"([\d,]+) parameters, ([\d,]+) FLOPs") == tuple(f"{n:,}" for n in RUN["model"].values())
+    assert shown(r"([\d,]+) parameters, ([\d,]+) FLOPs") == tuple(
+        f"{n:,}" for n in RUN["model"].values()
+    )
 
 
 def gain() -> float:
@@ -70,8 +83,11 @@ def gain() -> float:
 
 def test_kept_run_was_scored_with_flipping():
     assert RECIPE.FLIP
-    # Rounded to 0.01, and predicted anew: in bfloat16 a few labels may differ from those of the history.
-    assert float(shown(r"Flipping changes .+ by (\S+) percent")[0]) == pytest.approx(gain(), abs=0.006)
+    # Rounded to 0.01, and predicted anew: in bfloat16 a few labels may differ from those of the
+    # history.
+    assert float(shown(r"Flipping changes .+ by (\S+) percent")[0]) == pytest.approx(
+        gain(), abs=0.006
+    )
 
 
 # ------------------------------------------------------------------- metrics, history, weights
@@ -79,7 +95,12 @@ def test_kept_run_was_scored_with_flipping():
 
 def test_kept_run_is_of_the_reference_net_on_all_images():
     assert (RECIPE.DATASET, RECIPE.LIMIT) == ("oxford", 0)
-    assert (RECIPE.BASE_CHANNELS, RECIPE.DEPTH, RECIPE.EPOCHS, RECIPE.SCORE_SIZE) == (32, 5, 13, 256)
+    assert (RECIPE.BASE_CHANNELS, RECIPE.DEPTH, RECIPE.EPOCHS, RECIPE.SCORE_SIZE) == (
+        32,
+        5,
+        13,
+        256,
+    )
     assert RUN["test"]["images"] == 3669
     assert sum(map(sum, RUN["test"]["confusion_matrix"])) == 3669 * 256**2
     assert RUN["test"]["pixel_accuracy"] > 0.881  # the reference
@@ -94,7 +115,9 @@ def test_kept_scores_follow_from_the_confusion_matrix(split):
 
 def test_kept_history_has_all_epochs_and_their_seconds():
     assert [row["epoch"] for row in RUN["history"]] == list(range(1, RECIPE.EPOCHS + 1))
-    assert sum(row["seconds"] for row in RUN["history"]) == pytest.approx(RUN["training"]["seconds"])
+    assert sum(row["seconds"] for row in RUN["history"]) == pytest.approx(
+        RUN["training"]["seconds"]
+    )
 
 
 def kept_model() -> pets.UNet:
@@ -106,8 +129,15 @@ def kept_model() -> pets.UNet:
 def test_kept_weights_are_small_and_fit_the_reference_net():
     path = FOLDER / "weights.pt"
     assert path.stat().st_size <= 27_000_000
-    assert {tensor.dtype for tensor in torch.load(path, weights_only=True).values()} == {torch.float16, torch.int64}
-    assert sum(p.numel() for p in kept_model().parameters()) == RUN["model"]["parameters"] == 13_385_475
+    assert {tensor.dtype for tensor in torch.load(path, weights_only=True).values()} == {
+        torch.float16,
+        torch.int64,
+    }
+    assert (
+        sum(p.numel() for p in kept_model().parameters())
+        == RUN["model"]["parameters"]
+        == 13_385_475
+    )
 
 
 def test_kept_weights_know_pets(oxford):
@@ -123,7 +153,8 @@ def test_kept_weights_know_pets(oxford):
 
 
 @pytest.mark.parametrize(
-    ("value", "digits", "words"), [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")]
+    ("value", "digits", "words"),
+    [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")],
 )
 def test_cut_never_rounds_up(value, digits, words):
     assert cut(value, digits) == words
@@ -131,7 +162,9 @@ def test_cut_never_rounds_up(value, digits, words):
 
 def test_readme_quotes_the_kept_run():
     test, matrix = RUN["test"], torch.tensor(RUN["test"]["confusion_matrix"])
-    majority = (matrix.sum(1).max() / matrix.sum()).item()  # what guessing the most frequent class gets right
+    majority = (
+        matrix.sum(1).max() / matrix.sum()
+    ).item()  # what guessing the most frequent class gets right
     row = [f"{cut(100 * test['pixel_accuracy'], 2)} %", cut(test["mean_iou"], 3)]
     row += [cut(test["iou"][name], 3) for name in pets.CLASSES]
     row += [f"{cut(100 * majority, 1)} %"]
@@ -140,16 +173,23 @@ def test_readme_quotes_the_kept_run():
 
 def test_readme_quotes_the_score_of_two_classes():
     """Each pixel's label with the border as pet: the counts of the other class and of the mistakes are left."""
-    (pet, pet_as_background, pet_as_border), (as_pet, background, as_border), border = RUN["test"]["confusion_matrix"]
+    (pet, pet_as_background, pet_as_border), (as_pet, background, as_border), border = RUN["test"][
+        "confusion_matrix"
+    ]
     right = pet + pet_as_border + border[0] + border[2]
     wrong = pet_as_background + border[1] + as_pet + as_border
     accuracy = 100 * (right + background) / (right + wrong + background)
-    assert f"IoU of this run is {cut(right / (right + wrong), 3)}, and {cut(accuracy, 2)} % of the pixels" in README
+    assert (
+        f"IoU of this run is {cut(right / (right + wrong), 3)}, and {cut(accuracy, 2)} % of the pixels"
+        in README
+    )
 
 
 def test_readme_tells_how_the_kept_run_went():
     seconds = [row["seconds"] for row in RUN["history"]]
-    reached = next(i for i, row in enumerate(RUN["history"], 1) if row["valid_pixel_accuracy"] >= 0.881)
+    reached = next(
+        i for i, row in enumerate(RUN["history"], 1) if row["valid_pixel_accuracy"] >= 0.881
+    )
     for words in (
         f"{RUN['dataset']['train']:,} images were trained on",
         f"{RUN['dataset']['valid']} of the trainval split",
@@ -162,9 +202,14 @@ def test_readme_tells_how_the_kept_run_went():
 
 def test_readme_quotes_the_same_recipe_with_another_seed():
     other = json.loads((pets.ROOT / "benchmarks" / "second_seed.json").read_text())
-    differs = {name for name, value in other["parameters"].items() if value != RUN["parameters"][name]}
+    differs = {
+        name for name, value in other["parameters"].items() if value != RUN["parameters"][name]
+    }
     assert differs == {"SEED", "RUN_NAME"}
-    assert pets.scores(torch.tensor(other["test"]["confusion_matrix"])).items() <= other["test"].items()
+    assert (
+        pets.scores(torch.tensor(other["test"]["confusion_matrix"])).items()
+        <= other["test"].items()
+    )
     test = other["test"]
     got = f"{cut(100 * test['pixel_accuracy'], 2)} %, a mean IoU of {cut(test['mean_iou'], 3)}"
     minutes = f"{other['training']['seconds'] / 60:.0f} minutes"

@@ -50,7 +50,10 @@ def grid_of(pets) -> Figure:
 
 FIGURES = {
     "grid": grid_of,
-    **{f"U-Net of depth {depth}": lambda pets, depth=depth: plot_unet(steps_of(depth)) for depth in range(2, 7)},
+    **{
+        f"U-Net of depth {depth}": lambda pets, depth=depth: plot_unet(steps_of(depth))
+        for depth in range(2, 7)
+    },
     "broken U-Net": lambda pets: plot_unet(steps_of(3, broken=True)),
 }
 
@@ -99,7 +102,9 @@ def test_grid_shows_each_column_under_its_title_and_each_row_by_its_name(pets):
     assert [one.get_title() for one in axes[0]] == ["image", "mask"]
     assert [one.get_ylabel() for one in axes[:, 0]] == ["a Bengal", "a pug"]
     for row, index in zip(axes, (6, 1), strict=True):
-        np.testing.assert_array_equal(row[0].images[0].get_array(), pets.images[index].permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(
+            row[0].images[0].get_array(), pets.images[index].permute(1, 2, 0).numpy()
+        )
         np.testing.assert_array_equal(row[1].images[0].get_array(), colorize(pets.masks[index]))
 
 
@@ -131,10 +136,14 @@ def test_u_has_a_labelled_box_for_every_step_that_is_no_resizing(depth):
     arrows = [text for text in axes.texts if isinstance(text, Annotation)]
     drawn = [step for step in steps if not step.name.startswith(("pool", "upsample"))]
     labels = shapes_in(figure)
-    assert labels.items() >= {step.name: "{1}×{1}×{0}".format(*step.traced) for step in drawn}.items()
+    assert (
+        labels.items() >= {step.name: "{1}×{1}×{0}".format(*step.traced) for step in drawn}.items()
+    )
     assert len(drawn) == 3 * depth + 2
     assert len(boxes) == len(labels)
-    assert len(arrows) == len(boxes) - 1 + depth  # from each box to the next, and a skip for every level
+    assert (
+        len(arrows) == len(boxes) - 1 + depth
+    )  # from each box to the next, and a skip for every level
     assert f"{depth} levels" in figure.get_label()
 
 
@@ -142,7 +151,9 @@ def test_u_has_a_labelled_box_for_every_step_that_is_no_resizing(depth):
 def test_labels_of_the_u_neither_overlap_nor_leave_the_figure(depth):
     figure = plot_unet(steps_of(depth))
     figure.draw_without_rendering()
-    extents = [(text.get_text().split("\n")[0], text.get_window_extent()) for text in labels_of(figure)]
+    extents = [
+        (text.get_text().split("\n")[0], text.get_window_extent()) for text in labels_of(figure)
+    ]
     legend = ("legend", figure.axes[0].get_legend().get_window_extent())
     for index, (name, extent) in enumerate([*extents, legend]):
         assert figure.bbox.x0 <= extent.x0 <= extent.x1 <= figure.bbox.x1, name
@@ -154,7 +165,9 @@ def test_boxes_of_the_u_grow_with_side_and_channels():
     figure = plot_unet(steps_of(2))
     names = [text.get_text().split("\n")[0] for text in labels_of(figure)]
     boxes = dict(zip(names, figure.axes[0].patches, strict=True))
-    assert boxes["down2"].get_height() / boxes["down1"].get_height() == pytest.approx(np.sqrt(1 / 2))
+    assert boxes["down2"].get_height() / boxes["down1"].get_height() == pytest.approx(
+        np.sqrt(1 / 2)
+    )
     assert boxes["down2"].get_width() / boxes["down1"].get_width() == pytest.approx(np.sqrt(2))
     assert boxes["concat1"].get_width() / boxes["up1"].get_width() == pytest.approx(np.sqrt(2))
 

@@ -77,7 +77,21 @@ BAD = {
     "DEVICE": ["", "gpu", "cuda:7", "CPU", None, 0],
     "PRECISION": ["", "float16", "bf16", 32, None],
     "PHOTO": [None, 3, False],
-    "RUN_NAME": ["", ".", "..", ".hidden", "a/b", "a\\b", "/tmp", "a b", "a\nb", "x" * 101, "é" * 51, None, 3],
+    "RUN_NAME": [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "a\\b",
+        "/tmp",
+        "a b",
+        "a\nb",
+        "x" * 101,
+        "é" * 51,
+        None,
+        3,
+    ],
     "RESUME": ["false", 0, None],
 }
 
@@ -134,8 +148,12 @@ def test_small_epochs_say_the_side_of_each():
     assert Recipe().small_sides == []
 
 
-@pytest.mark.parametrize(("side", "depth", "words"), [(100, 3, "96 or 104"), (64, 7, "make it 128"), (9, 2, "8 or 12")])
-def test_image_size_that_the_depth_does_not_divide_is_told_with_sizes_that_work(complains, side, depth, words):
+@pytest.mark.parametrize(
+    ("side", "depth", "words"), [(100, 3, "96 or 104"), (64, 7, "make it 128"), (9, 2, "8 or 12")]
+)
+def test_image_size_that_the_depth_does_not_divide_is_told_with_sizes_that_work(
+    complains, side, depth, words
+):
     with complains(str(side), f"depth {depth}", words):
         Recipe(IMAGE_SIZE=side, DEPTH=depth)
 
@@ -173,7 +191,9 @@ def test_variables_of_a_notebook_make_the_recipe():
 
 def test_parameter_that_papermill_injected_by_a_wrong_name_is_told(complains):
     with complains("no parameter EPOCH:"):
-        Recipe.of_notebook(notebook('# Parameters\nEPOCH = 3\nRUN_NAME = "a"\n', EPOCH=3, RUN_NAME="a"))
+        Recipe.of_notebook(
+            notebook('# Parameters\nEPOCH = 3\nRUN_NAME = "a"\n', EPOCH=3, RUN_NAME="a")
+        )
 
 
 def test_only_the_last_injected_cell_counts():
@@ -216,7 +236,9 @@ def test_auto_takes_the_fastest_device_there_is(machine, cuda, mps, picked):
 
 
 @pytest.mark.parametrize(("cuda", "mps", "wanted"), [(False, True, "cuda"), (True, False, "mps")])
-def test_device_that_is_not_there_is_told_with_those_that_are(machine, complains, cuda, mps, wanted):
+def test_device_that_is_not_there_is_told_with_those_that_are(
+    machine, complains, cuda, mps, wanted
+):
     machine(cuda, mps)
     other = "mps" if mps else "cuda"
     with complains(f"no device '{wanted}'", "DEVICE", f"'{other}' or 'cpu'"):
@@ -228,9 +250,15 @@ def test_device_of_an_unknown_name_is_told(complains):
         pick_device("abacus")
 
 
-@pytest.mark.parametrize(("name", "picked"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "picked"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
 def test_named_precision_is_taken_on_any_device(name, picked):
-    assert pick_precision(name, torch.device("cpu")) == pick_precision(name, torch.device("mps")) == picked
+    assert (
+        pick_precision(name, torch.device("cpu"))
+        == pick_precision(name, torch.device("mps"))
+        == picked
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +271,9 @@ def test_named_precision_is_taken_on_any_device(name, picked):
         ({"bf16": True}, torch.bfloat16),
     ],
 )
-def test_auto_precision_takes_bfloat16_only_where_the_processor_has_it(monkeypatch, features, picked):
+def test_auto_precision_takes_bfloat16_only_where_the_processor_has_it(
+    monkeypatch, features, picked
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert pick_precision("auto", torch.device("cpu")) == picked
 

@@ -1,7 +1,7 @@
 """Criteria of the rubric: the block and the U-Net, seen from outside.
 
-Nothing here knows a name inside the hand-in's net. What its convolutions are given, in the order in which they run,
-shows all that is between them: pooling, upsampling and skips.
+Nothing here knows a name inside the hand-in's net. What its convolutions are given, in the order in
+which they run, shows all that is between them: pooling, upsampling and skips.
 """
 
 import pytest
@@ -16,7 +16,9 @@ def run_order(model: nn.Module, kind: type, images: Tensor) -> list[tuple[nn.Mod
     """Run the model and return its modules of a kind, in the order they ran in, with copies of what they were given."""
     calls = []
     hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: calls.append((module, inputs[0].detach().clone())))
+        module.register_forward_pre_hook(
+            lambda module, inputs: calls.append((module, inputs[0].detach().clone()))
+        )
         for module in model.modules()
         if isinstance(module, kind)
     ]
@@ -34,7 +36,9 @@ def levels(request) -> list[tuple[Tensor, Tensor]]:
     depth = request.param
     given = [x for _, x in run_order(UNet(3, depth), nn.Conv2d, torch.randn(2, 3, 16, 16))]
     expected = 4 * depth + 3
-    assert len(given) == expected, f"expected {expected} convolutions at depth {depth}, found {len(given)}"
+    assert len(given) == expected, (
+        f"expected {expected} convolutions at depth {depth}, found {len(given)}"
+    )
     down, up = given[: 2 * depth + 2 : 2], given[2 * depth + 2 : -1 : 2]
     return list(zip(down[1:], reversed(up), strict=True))
 
@@ -44,36 +48,55 @@ def levels(request) -> list[tuple[Tensor, Tensor]]:
 
 def test_block_changes_only_the_channels():
     for shape in ((1, 4, 8, 8), (2, 4, 5, 7), (3, 4, 1, 1)):
-        found, expected = conv_plus_conv(4, 6).eval()(torch.zeros(shape)).shape, (shape[0], 6, *shape[2:])
-        assert found == expected, f"expected the shape {expected} for an input {shape}, found {tuple(found)}"
+        found, expected = (
+            conv_plus_conv(4, 6).eval()(torch.zeros(shape)).shape,
+            (shape[0], 6, *shape[2:]),
+        )
+        assert found == expected, (
+            f"expected the shape {expected} for an input {shape}, found {tuple(found)}"
+        )
 
 
 def test_block_computes_convolution_norm_and_activation_twice():
     torch.manual_seed(0)
     block = conv_plus_conv(4, 6)
     images = torch.randn(2, 4, 8, 8)
-    expected, convolutions = images, [conv for conv, _ in run_order(block, nn.Conv2d, images.clone())]
+    expected, convolutions = (
+        images,
+        [conv for conv, _ in run_order(block, nn.Conv2d, images.clone())],
+    )
     assert len(convolutions) == 2, f"expected 2 convolutions, found {len(convolutions)}"
     for conv in convolutions:
         expected = F.conv2d(expected, conv.weight, conv.bias, padding=1)
-        mean, variance = expected.mean((0, 2, 3), keepdim=True), expected.var((0, 2, 3), keepdim=True, correction=0)
+        mean, variance = (
+            expected.mean((0, 2, 3), keepdim=True),
+            expected.var((0, 2, 3), keepdim=True, correction=0),
+        )
         expected = F.leaky_relu((expected - mean) / (variance + 1e-5).sqrt(), 0.2)
     found = block.train()(images.clone())
-    assert torch.allclose(found, expected, atol=1e-4), "expected (convolution, BatchNorm, LeakyReLU of slope 0.2) twice"
+    assert torch.allclose(found, expected, atol=1e-4), (
+        "expected (convolution, BatchNorm, LeakyReLU of slope 0.2) twice"
+    )
 
 
 # ------------------------------------------------------------------- shapes
 
 
-@pytest.mark.parametrize(("base_channels", "depth", "side"), [(1, 1, 2), (2, 2, 20), (5, 3, 24), (2, 5, 32)])
+@pytest.mark.parametrize(
+    ("base_channels", "depth", "side"), [(1, 1, 2), (2, 2, 20), (5, 3, 24), (2, 5, 32)]
+)
 def test_logits_have_the_side_of_the_images(base_channels, depth, side):
     found = UNet(base_channels, depth).eval()(torch.zeros(2, 3, side, side)).shape
-    assert found == (2, 3, side, side), f"expected logits {(2, 3, side, side)}, found {tuple(found)}"
+    assert found == (2, 3, side, side), (
+        f"expected logits {(2, 3, side, side)}, found {tuple(found)}"
+    )
 
 
 def test_number_of_classes_is_free():
     found = UNet(2, 1, 21).eval()(torch.zeros(2, 3, 4, 4)).shape
-    assert found == (2, 21, 4, 4), f"expected logits {(2, 21, 4, 4)} for 21 classes, found {tuple(found)}"
+    assert found == (2, 21, 4, 4), (
+        f"expected logits {(2, 21, 4, 4)} for 21 classes, found {tuple(found)}"
+    )
 
 
 def test_default_net_has_the_parameters_of_the_course():
@@ -87,18 +110,32 @@ def test_channels_double_on_the_way_down_and_halve_on_the_way_up(depth):
     widths = [4 * 2**level for level in range(depth)]
     expected = [*zip([3, *widths], widths, strict=False), (widths[-1], widths[-1])]
     expected += [(2 * width, max(width // 2, 4)) for width in reversed(widths)]
-    convolutions = [conv for conv, _ in run_order(UNet(4, depth), nn.Conv2d, torch.zeros(2, 3, 32, 32))]
-    found = [(a.in_channels, b.out_channels) for a, b in zip(convolutions[:-1:2], convolutions[1::2], strict=False)]
+    convolutions = [
+        conv for conv, _ in run_order(UNet(4, depth), nn.Conv2d, torch.zeros(2, 3, 32, 32))
+    ]
+    found = [
+        (a.in_channels, b.out_channels)
+        for a, b in zip(convolutions[:-1:2], convolutions[1::2], strict=False)
+    ]
     assert found == expected, f"expected blocks with the channels {expected}, found {found}"
 
 
 def test_options_leave_out_norms_and_skips():
-    found = [sum(isinstance(m, nn.BatchNorm2d) for m in UNet(2, 3, norms=norms).modules()) for norms in (1, 2)]
-    assert found == [7, 14], f"expected 7 BatchNorms with norms=1 and 14 with norms=2, found {found}"
+    found = [
+        sum(isinstance(m, nn.BatchNorm2d) for m in UNet(2, 3, norms=norms).modules())
+        for norms in (1, 2)
+    ]
+    assert found == [7, 14], (
+        f"expected 7 BatchNorms with norms=1 and 14 with norms=2, found {found}"
+    )
     torch.manual_seed(0)
-    for conv, given in run_order(UNet(3, 2, skips=False), nn.Conv2d, torch.randn(2, 3, 16, 16))[6:-1:2]:
+    for conv, given in run_order(UNet(3, 2, skips=False), nn.Conv2d, torch.randn(2, 3, 16, 16))[
+        6:-1:2
+    ]:
         skip = given[:, conv.in_channels // 2 :]
-        assert skip.abs().max() == 0, "expected zeros in the place of the skips with skips=False, found others"
+        assert skip.abs().max() == 0, (
+            "expected zeros in the place of the skips with skips=False, found others"
+        )
 
 
 # ------------------------------------------------------------------- between the blocks
@@ -106,14 +143,21 @@ def test_options_leave_out_norms_and_skips():
 
 def halves(joined: Tensor) -> tuple[Tensor, Tensor]:
     """Return both halves of the channels, the one that looks upsampled (alike in every 2 x 2 pixels) first."""
-    return tuple(sorted(joined.chunk(2, dim=1), key=lambda x: (x[..., ::2, ::2] - x[..., 1::2, 1::2]).abs().sum()))
+    return tuple(
+        sorted(
+            joined.chunk(2, dim=1),
+            key=lambda x: (x[..., ::2, ::2] - x[..., 1::2, 1::2]).abs().sum(),
+        )
+    )
 
 
 def test_pooling_keeps_the_largest_of_four(levels):
     for below, joined in levels:
         four = halves(joined)[1].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
         assert four.amax((3, 5)).shape == below.shape, "expected half the side below, found another"
-        assert torch.allclose(four.amax((3, 5)), below), "expected the largest of each 2 x 2 pixels, found other values"
+        assert torch.allclose(four.amax((3, 5)), below), (
+            "expected the largest of each 2 x 2 pixels, found other values"
+        )
 
 
 def test_upsampling_repeats_every_pixel(levels):
@@ -127,7 +171,9 @@ def test_upsampling_repeats_every_pixel(levels):
 def test_concatenation_puts_the_upsampled_first(levels):
     for _, joined in levels:
         first = joined.chunk(2, dim=1)[0]
-        assert torch.equal(first, halves(joined)[0]), "expected (upsampled, skip) on the channels, found another order"
+        assert torch.equal(first, halves(joined)[0]), (
+            "expected (upsampled, skip) on the channels, found another order"
+        )
 
 
 def test_skip_is_what_the_same_level_kept(levels):
@@ -142,15 +188,23 @@ def test_gradients_reach_every_parameter():
     model = UNet(3, 3)
     model(torch.randn(2, 3, 16, 16)).square().mean().backward()
     # BatchNorm subtracts the mean, so the bias of a convolution before it has no influence.
-    idle = {id(m.bias) for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)}
+    idle = {
+        id(m.bias) for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+    }
     for name, parameter in model.named_parameters():
-        reached = parameter.grad is not None and (id(parameter) in idle or parameter.grad.abs().max() > 1e-6)
+        reached = parameter.grad is not None and (
+            id(parameter) in idle or parameter.grad.abs().max() > 1e-6
+        )
         assert reached, f"expected a gradient for every parameter, found none for {name}"
 
 
-@pytest.mark.parametrize(("side", "depth", "sides"), [(33, 5, ("32", "64")), (34, 2, ("32", "36")), (3, 2, ("4",))])
+@pytest.mark.parametrize(
+    ("side", "depth", "sides"), [(33, 5, ("32", "64")), (34, 2, ("32", "36")), (3, 2, ("4",))]
+)
 def test_side_that_cannot_be_halved_is_refused(side, depth, sides):
     with pytest.raises(InputError) as caught:
         UNet(1, depth).eval()(torch.zeros(1, 3, side, side))
     for wanted in sides:
-        assert wanted in str(caught.value), f"expected the sides that work, {' and '.join(sides)}, found {caught.value}"
+        assert wanted in str(caught.value), (
+            f"expected the sides that work, {' and '.join(sides)}, found {caught.value}"
+        )

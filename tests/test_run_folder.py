@@ -68,8 +68,20 @@ def test_two_test_runs_at_once_have_a_folder_each():
 # ------------------------------------------------------------------- a run
 
 HISTORY = [
-    {"epoch": 1, "train_loss": 1.5, "valid_pixel_accuracy": 0.25, "valid_mean_iou": 0.125, "seconds": 0.1},
-    {"epoch": 2, "train_loss": 0.1, "valid_pixel_accuracy": 1 / 3, "valid_mean_iou": 0.2, "seconds": 0.1},
+    {
+        "epoch": 1,
+        "train_loss": 1.5,
+        "valid_pixel_accuracy": 0.25,
+        "valid_mean_iou": 0.125,
+        "seconds": 0.1,
+    },
+    {
+        "epoch": 2,
+        "train_loss": 0.1,
+        "valid_pixel_accuracy": 1 / 3,
+        "valid_mean_iou": 0.2,
+        "seconds": 0.1,
+    },
 ]
 
 
@@ -84,7 +96,12 @@ def saved(pets, matrices, tmp_path) -> Path:
     """Return the folder of a run, saved."""
     two = Pets(pets.names[:2], pets.images[:2], pets.masks[:2])
     metrics = {"parameters": {"EPOCHS": 2}, "dataset": {"name": "sample"}}
-    save_run(tmp_path / "first", metrics, HISTORY, {"valid": (two, matrices[:2]), "test": (pets, matrices)})
+    save_run(
+        tmp_path / "first",
+        metrics,
+        HISTORY,
+        {"valid": (two, matrices[:2]), "test": (pets, matrices)},
+    )
     return tmp_path / "first"
 
 
@@ -114,13 +131,24 @@ def test_metrics_name_the_version_of_the_code_as_git_does(saved, tmp_path):
         pytest.skip("there is no git on this machine")
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        command = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            *arguments,
+        ]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     git("init", "--quiet")
     for subject in ("the module", "another"):
         name = "module.py" if subject == "the module" else "other.py"
-        (tmp_path / name).write_bytes(Path(petseg_utils.__file__).read_bytes() + b"#" * (subject == "another"))
+        (tmp_path / name).write_bytes(
+            Path(petseg_utils.__file__).read_bytes() + b"#" * (subject == "another")
+        )
         git("add", name)
         git("commit", "--quiet", "--message", subject)
     version = read_run(saved)["versions"]["petseg_utils"]
@@ -137,12 +165,18 @@ def test_run_without_counts_of_images_is_read_too(saved):
     [
         pytest.param(lambda run: shutil.rmtree(run), id="no folder"),
         pytest.param(lambda run: (run / "metrics.json").unlink(), id="no metrics"),
-        pytest.param(lambda run: (run / "metrics.json").write_text('{"parameters"'), id="half of the metrics"),
+        pytest.param(
+            lambda run: (run / "metrics.json").write_text('{"parameters"'), id="half of the metrics"
+        ),
         pytest.param(lambda run: (run / "metrics.json").write_text("[1, 2]"), id="a list"),
         pytest.param(lambda run: (run / "metrics.json").write_bytes(b"\xff\xfe\xfa"), id="no text"),
         pytest.param(lambda run: (run / "history.csv").unlink(), id="no history"),
-        pytest.param(lambda run: (run / "history.csv").write_text("epoch,seconds\n1,many\n"), id="no number"),
-        pytest.param(lambda run: (run / "history.csv").write_text("epoch,seconds\n1\n"), id="half of a row"),
+        pytest.param(
+            lambda run: (run / "history.csv").write_text("epoch,seconds\n1,many\n"), id="no number"
+        ),
+        pytest.param(
+            lambda run: (run / "history.csv").write_text("epoch,seconds\n1\n"), id="half of a row"
+        ),
     ],
 )
 def test_folder_without_a_complete_run_is_told(saved, complains, damage):
@@ -184,7 +218,10 @@ def test_kept_weights_predict_nearly_the_same_and_are_rounded_once(trained, tmp_
         ours, theirs = trained(images).softmax(1), again(images).softmax(1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)
     save_weights(path, again)  # what was rounded once is not rounded further
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in torch.load(path, weights_only=True).items())
+    assert all(
+        torch.equal(tensor, stored[name])
+        for name, tensor in torch.load(path, weights_only=True).items()
+    )
 
 
 def test_kept_weights_take_two_bytes_each(tmp_path):
@@ -224,10 +261,14 @@ def test_missing_weights_are_told(tmp_path, complains):
     [
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
         pytest.param(lambda path: path.write_text("no weights"), id="text"),
-        pytest.param(lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), id="half"),
+        pytest.param(
+            lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), id="half"
+        ),
         pytest.param(lambda path: torch.save(new_model(), path), id="pickled model"),
         pytest.param(lambda path: torch.save([1, 2], path), id="list"),
-        pytest.param(lambda path: save_weights(path, new_model(base_channels=3)), id="other channels"),
+        pytest.param(
+            lambda path: save_weights(path, new_model(base_channels=3)), id="other channels"
+        ),
         pytest.param(lambda path: save_weights(path, new_model(depth=3)), id="other depth"),
         pytest.param(lambda path: save_weights(path, new_model(norms=1)), id="other norms"),
     ],

@@ -9,7 +9,9 @@ from sklearn import metrics
 from petseg_utils import CLASSES, IGNORE, confusion_matrix, scores
 
 
-def random_labels(seed: int, classes: list[int], ignored: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def random_labels(
+    seed: int, classes: list[int], ignored: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return predicted and true labels (4, 9, 11) uint8 of the given classes, half of them alike."""
     random = torch.Generator().manual_seed(seed)
     choice = torch.tensor(classes, dtype=torch.uint8)
@@ -21,7 +23,11 @@ def random_labels(seed: int, classes: list[int], ignored: bool) -> tuple[torch.T
 
 
 @pytest.fixture(
-    params=[(seed, classes, ignored) for seed, classes in enumerate(([0, 1, 2], [0, 2], [1])) for ignored in (0, 1)],
+    params=[
+        (seed, classes, ignored)
+        for seed, classes in enumerate(([0, 1, 2], [0, 2], [1]))
+        for ignored in (0, 1)
+    ],
     ids=lambda param: f"classes {param[1]}{' and ignored pixels' if param[2] else ''}",
 )
 def labels(request) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,12 +43,17 @@ def known(labels: tuple[torch.Tensor, torch.Tensor]) -> tuple[list[int], list[in
 def test_confusion_matrix_is_scikit_learns(labels):
     matrix = confusion_matrix(*labels)
     assert (matrix.dtype, matrix.shape) == (torch.int64, (3, 3))
-    expected, found = metrics.confusion_matrix(*known(labels), labels=range(3)).tolist(), matrix.tolist()
+    expected, found = (
+        metrics.confusion_matrix(*known(labels), labels=range(3)).tolist(),
+        matrix.tolist(),
+    )
     assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
 
 
 def test_rows_are_the_truth():
-    matrix = confusion_matrix(torch.tensor([0, 0, 1], dtype=torch.uint8), torch.tensor([2, 2, 1], dtype=torch.uint8))
+    matrix = confusion_matrix(
+        torch.tensor([0, 0, 1], dtype=torch.uint8), torch.tensor([2, 2, 1], dtype=torch.uint8)
+    )
     expected, found = [[0, 0, 0], [0, 1, 0], [2, 0, 0]], matrix.tolist()
     assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
 
@@ -62,7 +73,9 @@ def test_scores_are_scikit_learns(labels):
         assert list(ours[name]) == list(CLASSES)
         expect(f"the {name}", theirs.tolist(), [ours[name][CLASSES[label]] for label in there])
         absent = {ours[name][CLASSES[label]] for label in {0, 1, 2}.difference(there)}
-        assert absent <= {None}, f"expected no {name} (None) for a class that is not there, found {absent}"
+        assert absent <= {None}, (
+            f"expected no {name} (None) for a class that is not there, found {absent}"
+        )
     expect("the mean IoU", iou.mean(), ours["mean_iou"])
 
 
@@ -89,7 +102,9 @@ def test_all_wrong_prediction_scores_zero():
 
 def test_matrices_of_batches_add_up_to_that_of_the_whole(labels):
     predicted, truth = labels
-    parts = [confusion_matrix(p, t) for p, t in zip(predicted.split(3), truth.split(3), strict=True)]
+    parts = [
+        confusion_matrix(p, t) for p, t in zip(predicted.split(3), truth.split(3), strict=True)
+    ]
     assert torch.equal(sum(parts), confusion_matrix(predicted, truth))
 
 

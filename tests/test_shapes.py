@@ -10,7 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from petseg_utils import UNet, analyse_shapes, conv_plus_conv, html_table, trace_shapes
 
-SIZES = [(1, 1, 2), (3, 1, 10), (2, 2, 12), (5, 3, 8), (4, 3, 40), (1, 4, 64), (2, 5, 96), (1, 6, 64)]
+SIZES = [
+    (1, 1, 2),
+    (3, 1, 10),
+    (2, 2, 12),
+    (5, 3, 8),
+    (4, 3, 40),
+    (1, 4, 64),
+    (2, 5, 96),
+    (1, 6, 64),
+]
 
 
 @pytest.mark.parametrize(("base_channels", "depth", "side"), SIZES)
@@ -38,7 +47,10 @@ def test_default_model_has_the_shapes_of_the_course():
     assert steps["bottleneck"].traced == (512, 8)
     assert steps["concat5"].traced == (1024, 16)
     assert steps["up5"].traced == (256, 16)
-    assert steps["upsample1"].traced == (32, 256)  # the course's table says that it halves the channels
+    assert steps["upsample1"].traced == (
+        32,
+        256,
+    )  # the course's table says that it halves the channels
     assert steps["out"].traced == (3, 256)
     assert [steps[name].formula for name in ("down1", "down3", "pool5")] == [
         "N × N × b",
@@ -62,20 +74,28 @@ def test_parameters_of_every_step_and_in_all_are_the_models(base_channels, depth
     steps = analyse_shapes(model, side)
     for step in steps:
         part = part_of(model, step.name)
-        assert step.parameters == (sum(p.numel() for p in part.parameters()) if part else 0), step.name
+        assert step.parameters == (sum(p.numel() for p in part.parameters()) if part else 0), (
+            step.name
+        )
     assert sum(step.parameters for step in steps) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("switches", "fewer"), [({"norms": 1}, 2 * (3 + 6 + 6 + 3 + 3)), ({"skips": False}, 0)])
+@pytest.mark.parametrize(
+    ("switches", "fewer"), [({"norms": 1}, 2 * (3 + 6 + 6 + 3 + 3)), ({"skips": False}, 0)]
+)
 def test_switched_off_parts_are_predicted_too(switches, fewer):
     model = UNet(3, 2, **switches)
     steps = analyse_shapes(model, 20)
     assert all(step.agrees for step in steps)
     for step in steps:
         part = part_of(model, step.name)
-        assert step.parameters == (sum(p.numel() for p in part.parameters()) if part else 0), step.name
+        assert step.parameters == (sum(p.numel() for p in part.parameters()) if part else 0), (
+            step.name
+        )
     of_the_whole = sum(step.parameters for step in analyse_shapes(UNet(3, 2), 20))
-    assert of_the_whole - sum(step.parameters for step in steps) == fewer  # a scale and a shift by channel and block
+    assert (
+        of_the_whole - sum(step.parameters for step in steps) == fewer
+    )  # a scale and a shift by channel and block
 
 
 @pytest.mark.parametrize(("base_channels", "depth", "side"), SIZES)
@@ -137,11 +157,15 @@ def test_receptive_field_is_what_the_gradient_reaches_at_most(depth, side):
     for name, output in outputs.items():
         middle = output.shape[-1] // 2
         widths = []
-        for place in range(middle, middle + 2**depth):  # positions differ in how they lie to the coarser pixels
+        for place in range(
+            middle, middle + 2**depth
+        ):  # positions differ in how they lie to the coarser pixels
             pixel = output[0, :, place, place].sum()
             (gradient,) = torch.autograd.grad(pixel, image, retain_graph=True)
             touched = gradient[0].sum(0).any(0).nonzero()
-            assert 0 < touched.min() <= touched.max() < side - 1  # the image's edge cuts nothing off
+            assert (
+                0 < touched.min() <= touched.max() < side - 1
+            )  # the image's edge cuts nothing off
             widths.append(int(touched.max() - touched.min()) + 1)
         reached[name] = max(widths)
     assert {step.name: step.receptive_field for step in analyse_shapes(model, side)} == reached
@@ -182,7 +206,9 @@ def test_wrong_number_of_classes_shows_in_the_last_row_only():
     assert disagreeing(model, 16)[1] == ["out"]
 
 
-@pytest.mark.parametrize(("side", "first_wrong"), [(18, "pool2"), (17, "pool1"), (4, "pool3"), (1, "pool1")])
+@pytest.mark.parametrize(
+    ("side", "first_wrong"), [(18, "pool2"), (17, "pool1"), (4, "pool3"), (1, "pool1")]
+)
 def test_odd_size_shows_at_the_pooling_that_cannot_halve_it(side, first_wrong):
     model = UNet(2, 3)
     names = [step.name for step in analyse_shapes(model, side)]
@@ -197,7 +223,9 @@ def test_odd_size_shows_at_the_pooling_that_cannot_halve_it(side, first_wrong):
 def cells_of(table: str) -> list[list[str]]:
     """Return the text of a table's cells, row by row, without the header."""
     text = table.replace("&nbsp;", " ")
-    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.S)[1:]]
+    return [
+        re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.S)[1:]
+    ]
 
 
 def test_table_has_a_ticked_row_for_every_step():

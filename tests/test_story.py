@@ -22,7 +22,7 @@ CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
 KEPT = json.loads((pets.ROOT / "notebooks" / "oxford_run" / "metrics.json").read_text())
 sys.path.append(str(NOTEBOOK.parent))
 
-import quiz  # noqa: E402
+import quiz
 
 
 def run_cells(*ids: str, **names: object) -> dict:
@@ -36,12 +36,13 @@ def run_cells(*ids: str, **names: object) -> dict:
 def stored(cell: str, kind: str) -> str:
     """Return the stored output of a cell: what it printed for "text", or its data of a MIME type."""
     parts = [
-        one.get("text", "") if kind == "text" else one.get("data", {}).get(kind, "") for one in CELLS[cell].outputs
+        one.get("text", "") if kind == "text" else one.get("data", {}).get(kind, "")
+        for one in CELLS[cell].outputs
     ]
     return "".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------- the first minute
+# --------------------------------------------------------------------------------- the first minute
 
 
 def test_first_cell_shows_the_result_and_tells_it_truly():
@@ -51,7 +52,10 @@ def test_first_cell_shows_the_result_and_tells_it_truly():
     assert first.source.index("attachment:result.png") < 200
     accuracy = f"{cut(100 * KEPT['test']['pixel_accuracy'], 1)} % of the pixels"
     sizes = KEPT["dataset"]
-    assert all(words in first.source for words in (accuracy, f"{sizes['train']:,} photos", f"of {sizes['test']:,} new"))
+    assert all(
+        words in first.source
+        for words in (accuracy, f"{sizes['train']:,} photos", f"of {sizes['test']:,} new")
+    )
 
 
 def test_parameters_are_those_of_the_recipe_and_the_learners_come_first():
@@ -68,10 +72,12 @@ def test_papermill_lists_every_parameter_with_its_meaning():
     command = [sys.executable, "-m", "papermill", "--help-notebook", str(NOTEBOOK)]
     told = " ".join(subprocess.run(command, capture_output=True, text=True).stdout.split())
     for name, field in pets.Recipe.model_fields.items():
-        assert re.search(rf"{name}: \w+ \(default [^)]*\) {re.escape(field.description)}", told), name
+        assert re.search(rf"{name}: \w+ \(default [^)]*\) {re.escape(field.description)}", told), (
+            name
+        )
 
 
-# ------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,8 @@ def test_polynomial_finds_the_formula_of_a_count(counts, unit, text):
 def test_table_of_the_courses_net_has_formulas_shares_and_totals():
     rows = re.findall(r"<tr>(.*?)</tr>", stored("shapes-course-total", "text/html"))
     table = {
-        cells[0]: cells for cells in (re.findall(r"<td>(.*?)</td>", row.replace("&nbsp;", " ")) for row in rows[1:])
+        cells[0]: cells
+        for cells in (re.findall(r"<td>(.*?)</td>", row.replace("&nbsp;", " ")) for row in rows[1:])
     }
     assert table["down2"][2:4] == ["54b² + 12b", "55,680"]
     assert table["down2"][5:7] == ["27b²N²", "1,811.9"]
@@ -109,7 +116,9 @@ def test_memory_of_a_step_is_predicted(b, depth, norms, side, images):
     space = run_cells("shapes-memory-predicted", "shapes-memory-measured")
     model = pets.UNet(b, depth, norms=norms)
     masks = torch.randint(3, (images, side, side), dtype=torch.uint8)
-    measured = space["measured_bytes"](model, torch.zeros(images, 3, side, side, dtype=torch.uint8), masks)
+    measured = space["measured_bytes"](
+        model, torch.zeros(images, 3, side, side, dtype=torch.uint8), masks
+    )
     predicted = images * space["kept_bytes"](pets.analyse_shapes(model, side), norms)
     assert predicted == pytest.approx(measured, rel=0.02)
 
@@ -120,7 +129,9 @@ def test_nothing_outside_the_receptive_field_has_influence(level):
     model = pets.UNet(4, 3)
     influence = run_cells("field-influence")["influence"]
     seen = influence(model, model.downs[level - 1], torch.randn(1, 3, 64, 64)).nonzero()
-    field = {step.name: step.receptive_field for step in pets.analyse_shapes(model, 64)}[f"down{level}"]
+    field = {step.name: step.receptive_field for step in pets.analyse_shapes(model, 64)}[
+        f"down{level}"
+    ]
     widths = seen.max(dim=0).values - seen.min(dim=0).values + 1
     assert widths.tolist() == [field, field]
 
@@ -132,13 +143,19 @@ def test_a_larger_image_is_not_covered_at_depth_5():
     )
 
 
-# ------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 def test_binary_iou_takes_the_border_for_pet():
     truth, predicted = torch.randint(3, (2, 400), generator=torch.Generator().manual_seed(1))
     matrix = pets.confusion_matrix(predicted.byte(), truth.byte())
-    names = {"matrix": matrix, "test_scores": pets.scores(matrix), "lead": 0, "images_in": {"test": 1}, "HTML": str}
+    names = {
+        "matrix": matrix,
+        "test_scores": pets.scores(matrix),
+        "lead": 0,
+        "images_in": {"test": 1},
+        "HTML": str,
+    }
     animal = truth != 1, predicted != 1
     expected = (animal[0] & animal[1]).sum() / (animal[0] | animal[1]).sum()
     space = run_cells("cell-070", **names)
@@ -148,7 +165,9 @@ def test_binary_iou_takes_the_border_for_pet():
 
 def test_calibration_counts_more_than_float32_can():
     many = 2**24 + 2**22
-    calibration = run_cells("cell-083", all_confidence=torch.tensor([0.5]), wrong=torch.tensor([False]))["calibration"]
+    calibration = run_cells(
+        "cell-083", all_confidence=torch.tensor([0.5]), wrong=torch.tensor([False])
+    )["calibration"]
     right = torch.ones(many, dtype=torch.bool)
     right[: many // 4] = False
     sure, correct, pixels = calibration(torch.full((many,), 0.99), right)
@@ -159,7 +178,9 @@ def test_calibration_counts_more_than_float32_can():
 
 def test_calibration_error_weighs_bins_by_their_pixels():
     confidence = torch.tensor([0.4, 0.95, 0.95, 0.95])
-    space = run_cells("cell-083", all_confidence=confidence, wrong=torch.tensor([True, False, False, True]))
+    space = run_cells(
+        "cell-083", all_confidence=confidence, wrong=torch.tensor([True, False, False, True])
+    )
     assert space["calibration_error"] == pytest.approx((0.4 + 3 * (0.95 - 2 / 3)) / 4)
 
 
@@ -169,7 +190,13 @@ def test_pictures_are_ranked_by_iou_and_empty_masks_stay_out(pets_fixture):
     split = pets_fixture._replace(masks=masks)
     model = pets.UNet(2, 2)
     matrices = pets.evaluate(model, split, torch.float32)
-    names = {"test_pets": split, "test_matrices": matrices, "model": model, "precision": torch.float32, "asked": {}}
+    names = {
+        "test_pets": split,
+        "test_matrices": matrices,
+        "model": model,
+        "precision": torch.float32,
+        "asked": {},
+    }
     space = run_cells("cell-076", **names)
     ious = [pets.scores(matrices[i])["mean_iou"] for i in space["chosen"]]
     assert 2 not in space["chosen"]
@@ -185,18 +212,24 @@ def _pets_fixture(request):
 def test_alternative_texts_state_the_result():
     results = 0
     for cell in CELLS.values():
-        for figure, caption in zip(cell.get("outputs", []), cell.get("outputs", [])[1:], strict=False):
+        for figure, caption in zip(
+            cell.get("outputs", []), cell.get("outputs", [])[1:], strict=False
+        ):
             if "image/png" in figure.get("data", {}):
                 alt = figure.metadata["image/png"]["alt"]
                 plain = caption.data["text/markdown"].strip("*")
                 assert alt.startswith(plain)
                 results += bool(re.search(r"\d", alt.removeprefix(plain)))
     assert results >= 10
-    (history,) = [one.metadata["image/png"]["alt"] for one in CELLS["cell-063"].outputs if "image/png" in one.data]
+    (history,) = [
+        one.metadata["image/png"]["alt"]
+        for one in CELLS["cell-063"].outputs
+        if "image/png" in one.data
+    ]
     assert re.search(r"accuracy from \d+% to \d+%", history)
 
 
-# ------------------------------------------------------------------------------------------------- quiz
+# --------------------------------------------------------------------------------------------- quiz
 
 RIGHT = {1: 512, 2: 4, 3: 576, 4: "background", 5: 0.67, 6: 1.1, 7: 64, 8: 6}
 WRONG = [
@@ -227,7 +260,8 @@ def one_level_up(x, skip, up):
 
 
 @pytest.mark.parametrize(
-    ("number", "answer"), [*RIGHT.items(), (4, " Background "), (5, 2 / 3), (9, iou), (10, one_level_up)]
+    ("number", "answer"),
+    [*RIGHT.items(), (4, " Background "), (5, 2 / 3), (9, iou), (10, one_level_up)],
 )
 def test_right_answer_passes(number, answer, capsys):
     quiz.check(number, answer)
@@ -251,9 +285,17 @@ def test_wrong_answer_is_told_why(number, answer, why, capsys):
         (9, lambda m: m.diagonal() / m.sum(0), "precision"),
         (9, lambda m: m.trace() / m.sum(), "shape (3,)"),
         (9, lambda m: m.nothing, "AttributeError"),
-        (10, lambda x, skip, up: up(torch.cat((skip, F.interpolate(x, scale_factor=2)), dim=1)), "first"),
+        (
+            10,
+            lambda x, skip, up: up(torch.cat((skip, F.interpolate(x, scale_factor=2)), dim=1)),
+            "first",
+        ),
         (10, lambda x, skip, up: up(F.interpolate(x, scale_factor=2)), "RuntimeError"),
-        (10, lambda x, skip, up: torch.cat((F.interpolate(x, scale_factor=2), skip), dim=1), "the shape should be"),
+        (
+            10,
+            lambda x, skip, up: torch.cat((F.interpolate(x, scale_factor=2), skip), dim=1),
+            "the shape should be",
+        ),
         (10, lambda x, skip, up: one_level_up(x, skip, up) + 1, "numbers"),
     ],
 )
@@ -277,13 +319,17 @@ def test_each_question_has_an_open_cell_and_a_folded_solution():
     for number, one in enumerate(cells, 1):
         assert "None" in CELLS[one].source
         assert stored(one, "text") == f"{number}: not answered yet\n"
-        assert CELLS[ids[ids.index(one) + 1]].source.startswith("<details><summary>Solution</summary>")
+        assert CELLS[ids[ids.index(one) + 1]].source.startswith(
+            "<details><summary>Solution</summary>"
+        )
 
 
 def test_folded_solutions_of_the_functions_are_right(capsys):
     for number, cell in ((9, "quiz-c9"), (10, "quiz-c10")):
         (solution,) = re.findall(r"```python\n(.*?)```", CELLS[f"quiz-s{number}"].source, re.DOTALL)
-        source = CELLS[cell].source.replace("    return None  # yours\n", re.sub("(?m)^", "    ", solution) + "\n")
+        source = CELLS[cell].source.replace(
+            "    return None  # yours\n", re.sub("(?m)^", "    ", solution) + "\n"
+        )
         exec(source, {"quiz": quiz, "torch": torch, "F": F})
         assert capsys.readouterr().out == f"{number}: right\n"
 
@@ -299,7 +345,7 @@ def test_exercises_have_level_minutes_result_and_hints():
     assert "3,352,323" in CELLS["ex-1"].source
 
 
-# ------------------------------------------------------------------------------------------------- page and photo
+# ----------------------------------------------------------------------------------- page and photo
 
 
 def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_path):
@@ -311,7 +357,16 @@ def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_pat
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"title": "A title"})
     nbformat.write(notebook, tmp_path / "one.ipynb")
     template = pets.ROOT / "notebooks" / "page.html.j2"
-    command = [sys.executable, "-m", "nbconvert", "--to", "html", "--template-file", str(template), "one.ipynb"]
+    command = [
+        sys.executable,
+        "-m",
+        "nbconvert",
+        "--to",
+        "html",
+        "--template-file",
+        str(template),
+        "one.ipynb",
+    ]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
     page = (tmp_path / "one.html").read_text()
     assert "<title>A title</title>" in page
@@ -324,8 +379,12 @@ def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_pat
 def test_a_run_stores_only_the_last_state_of_a_progress_bar(tmp_path, monkeypatch):
     states = "epoch 1:  50%|##   |", "\repoch 1: 100%|####|", "\r          \r", "a warning"
     outputs = [nbformat.v4.new_output("stream", name="stderr", text=state) for state in states]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("train()", outputs=outputs)])
-    monkeypatch.setattr(run_notebook, "call_papermill", lambda command, draft: nbformat.write(notebook, draft))
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("train()", outputs=outputs)]
+    )
+    monkeypatch.setattr(
+        run_notebook, "call_papermill", lambda command, draft: nbformat.write(notebook, draft)
+    )
     run_notebook.execute(tmp_path / "any.ipynb", tmp_path / "notebook.ipynb", [])
     (cell,) = nbformat.read(tmp_path / "notebook.ipynb", as_version=4).cells
     assert [output.text for output in cell.outputs] == ["a warning"]
@@ -347,7 +406,9 @@ def test_photo_writes_mask_and_overlay_in_the_size_that_the_camera_meant(tmp_pat
     files = [pets.ROOT / "runs" / f"test-story_{kind}.png" for kind in ("mask", "overlay")]
     assert [Image.open(file).size for file in files] == [(40, 60)] * 2
     colors = {tuple(pixel) for pixel in np.array(Image.open(files[0])).reshape(-1, 3).tolist()}
-    assert colors <= {tuple(np.rint(255 * pets.colorize(torch.tensor([[k]]))[0, 0]).astype(int)) for k in range(3)}
+    assert colors <= {
+        tuple(np.rint(255 * pets.colorize(torch.tensor([[k]]))[0, 0]).astype(int)) for k in range(3)
+    }
     for file in files:
         file.unlink()
 

@@ -30,12 +30,16 @@ def names():
         folder.rmdir()
 
 
-# ------------------------------------------------------------------------------------------------- grids
+# -------------------------------------------------------------------------------------------- grids
 
 
 def test_a_grid_has_a_run_for_each_change_and_seed(tmp_path):
     path = tmp_path / "mine.json"
-    grid = {"base": {"EPOCHS": 2, "SKIPS": True}, "changes": {"a": {}, "b": {"SKIPS": False}}, "seeds": [0, 3]}
+    grid = {
+        "base": {"EPOCHS": 2, "SKIPS": True},
+        "changes": {"a": {}, "b": {"SKIPS": False}},
+        "seeds": [0, 3],
+    }
     path.write_text(json.dumps(grid))
     assert sweep.read_grid(path) == {
         "mine_a_seed_0": {"EPOCHS": 2, "SKIPS": True, "SEED": 0},
@@ -58,7 +62,11 @@ def test_a_malformed_grid_ends_in_a_sentence(content, tmp_path, complains):
 
 @pytest.mark.parametrize(
     ("parameters", "words"),
-    [({"EPOCH": 3}, "no parameter EPOCH"), ({"EPOCHS": 0}, "EPOCHS"), ({"IMAGE_SIZE": 33}, "make it 32")],
+    [
+        ({"EPOCH": 3}, "no parameter EPOCH"),
+        ({"EPOCHS": 0}, "EPOCHS"),
+        ({"IMAGE_SIZE": 33}, "make it 32"),
+    ],
 )
 def test_a_wrong_parameter_ends_in_a_sentence_that_names_the_run_before_any_starts(
     parameters, words, complains, monkeypatch
@@ -74,7 +82,10 @@ def test_the_ablations_are_a_grid_of_valid_recipes():
 
 
 def test_no_scheduler_ends_in_a_sentence(complains):
-    with complains("no Dask scheduler answers at tcp://127.0.0.1:9"), sweep.start_workers("tcp://127.0.0.1:9", 1):
+    with (
+        complains("no Dask scheduler answers at tcp://127.0.0.1:9"),
+        sweep.start_workers("tcp://127.0.0.1:9", 1),
+    ):
         pass
 
 
@@ -82,14 +93,16 @@ def test_as_many_workers_are_started_as_asked_for_and_numbered(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with sweep.start_workers("", 3) as client:
         threads = client.nthreads()
-        names = [worker["name"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+        names = [
+            worker["name"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()
+        ]
         shares = sweep.threads_by_host(client)
     assert list(threads.values()) == [1, 1, 1]
     assert sorted(names) == [0, 1, 2]
     assert list(shares.values()) == [max(1, sweep.CPU_COUNT // 3)]
 
 
-# ------------------------------------------------------------------------------------------------- what is there
+# ------------------------------------------------------------------------------------ what is there
 
 
 def write_metrics(folder: Path, **changes: object) -> dict:
@@ -123,7 +136,9 @@ def test_a_damaged_run_is_made_again(tmp_path):
         assert sweep.what_is_there(tmp_path, parameters) == ""
 
 
-@pytest.mark.parametrize("record", [{"end_time": None, "exception": None}, {"end_time": "now", "exception": True}, {}])
+@pytest.mark.parametrize(
+    "record", [{"end_time": None, "exception": None}, {"end_time": "now", "exception": True}, {}]
+)
 def test_a_run_killed_between_its_results_and_its_last_cell_is_gone_on_with(record, tmp_path):
     parameters = write_metrics(tmp_path)
     (tmp_path / "notebook.ipynb").write_text(json.dumps({"metadata": {"papermill": record}}))
@@ -139,13 +154,15 @@ def test_gpus_are_shared_out_among_the_workers_of_this_machine(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert sweep.gpu_of(1) == {} or sweep.torch.cuda.is_available()
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
-    assert [sweep.gpu_of(worker) for worker in (0, 1, 2)] == [{"CUDA_VISIBLE_DEVICES": n} for n in "010"]
+    assert [sweep.gpu_of(worker) for worker in (0, 1, 2)] == [
+        {"CUDA_VISIBLE_DEVICES": n} for n in "010"
+    ]
     assert sweep.gpu_of("tcp://10.0.0.1:4000") == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # given to a worker by whoever started it
     assert sweep.gpu_of(1) == {}
 
 
-# ------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def test_runs_are_made_kept_refused_and_fail_without_stopping_the_others(names):
@@ -198,7 +215,9 @@ def wait_for(condition, seconds: float = 400) -> None:
         time.sleep(0.2)
 
 
-def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint_on_another(scheduler, names, tmp_path):
+def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint_on_another(
+    scheduler, names, tmp_path
+):
     address, processes = scheduler
     (name,) = names("killed_seed_0")
     stem, _, change = name.removesuffix("_seed_0").rpartition("-")
@@ -210,19 +229,32 @@ def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint_on_another(schedul
     processes.append(start(*worker))
     with pets_client(address) as client:
         client.wait_for_workers(1, timeout=60)
-        command = [sys.executable, "-m", "support.command", "sweep", str(tmp_path / f"{stem}.json"), address]
-        made = subprocess.Popen(command, cwd=pets.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "support.command",
+            "sweep",
+            str(tmp_path / f"{stem}.json"),
+            address,
+        ]
+        made = subprocess.Popen(
+            command, cwd=pets.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         processes.append(start(*worker))
         wait_for((folder / "checkpoint.pt").exists)
         victim = processes[1] if is_busy(client, processes[1].pid) else processes[2]
         os.kill(victim.pid, signal.SIGKILL)
-        assert not (folder / "metrics.json").exists(), "the run was over before its worker was killed"
+        assert not (folder / "metrics.json").exists(), (
+            "the run was over before its worker was killed"
+        )
         assert not (folder / "notebook.ipynb").exists(), "it is written once, at the end"
         output, _ = made.communicate(timeout=400)
     assert made.returncode == 0, output
     assert output.splitlines()[-1] == "1 made, 0 kept, 0 failed"
     assert len(pets.read_run(folder)["history"]) == 60
-    assert not (folder / "checkpoint.old.pt").exists()  # that is where a training that starts anew puts it
+    assert not (
+        folder / "checkpoint.old.pt"
+    ).exists()  # that is where a training that starts anew puts it
 
 
 def pets_client(address: str) -> sweep.Client:
@@ -234,7 +266,9 @@ def is_busy(client: sweep.Client, pid: int) -> bool:
     """Return whether the worker with this process id has a task."""
     with suppress(OSError):
         pids = client.run(os.getpid)
-        return any(client.processing().get(address) for address, number in pids.items() if number == pid)
+        return any(
+            client.processing().get(address) for address, number in pids.items() if number == pid
+        )
     return False
 
 
@@ -252,5 +286,8 @@ def test_workers_that_cannot_import_the_project_end_in_a_sentence(scheduler, com
     processes.append(start("worker", address, "--nthreads", "1", "--no-nanny", folder=tmp_path))
     with pets_client(address) as client:
         client.wait_for_workers(1, timeout=60)
-        with complains("can't import this project", "start them in its folder"), sweep.start_workers(address, 1):
+        with (
+            complains("can't import this project", "start them in its folder"),
+            sweep.start_workers(address, 1),
+        ):
             pass

@@ -37,7 +37,14 @@ from petseg_utils import (
 )
 
 RECIPE = Recipe(  # of 8 images: 2 steps an epoch
-    IMAGE_SIZE=16, BASE_CHANNELS=2, DEPTH=2, EPOCHS=3, BATCH_SIZE=3, LEARNING_RATE=0.01, SEED=1, PRECISION="float32"
+    IMAGE_SIZE=16,
+    BASE_CHANNELS=2,
+    DEPTH=2,
+    EPOCHS=3,
+    BATCH_SIZE=3,
+    LEARNING_RATE=0.01,
+    SEED=1,
+    PRECISION="float32",
 )
 LEARNING = RECIPE.but(BASE_CHANNELS=4, EPOCHS=40, BATCH_SIZE=4, LEARNING_RATE=0.03, AUGMENT=0.0)
 FLOAT32 = torch.float32
@@ -54,7 +61,9 @@ def without_seconds(history: list[dict]) -> list[dict]:
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def accuracy(model: nn.Module, pets: Pets) -> float:
@@ -126,7 +135,13 @@ def test_history_has_a_row_per_epoch_with_plain_numbers(pets):
     history = train(new_model(), pets, pets, RECIPE)
     assert [row["epoch"] for row in history] == [1, 2, 3]
     for row in history:
-        assert list(row) == ["epoch", "train_loss", "valid_pixel_accuracy", "valid_mean_iou", "seconds"]
+        assert list(row) == [
+            "epoch",
+            "train_loss",
+            "valid_pixel_accuracy",
+            "valid_mean_iou",
+            "seconds",
+        ]
         assert {type(value) for value in row.values()} == {int, float}
         assert row["train_loss"] > 0
         assert 0 <= row["valid_mean_iou"] <= row["valid_pixel_accuracy"] <= 1
@@ -136,7 +151,10 @@ def test_model_ends_with_the_weights_that_the_last_row_scored(pets):
     model = new_model()
     last = train(model, pets, pets, RECIPE.but(LEARNING_RATE=0.3))[-1]
     result = scores(evaluate(model, pets, FLOAT32).sum(0))
-    assert (result["pixel_accuracy"], result["mean_iou"]) == (last["valid_pixel_accuracy"], last["valid_mean_iou"])
+    assert (result["pixel_accuracy"], result["mean_iou"]) == (
+        last["valid_pixel_accuracy"],
+        last["valid_mean_iou"],
+    )
 
 
 @pytest.mark.parametrize("augment", [1.0, 0.0])
@@ -153,7 +171,9 @@ def test_same_seed_gives_the_same_result_and_another_does_not(pets, augment):
 
 def test_augmentation_can_be_switched_off(pets, monkeypatch):
     called = []
-    monkeypatch.setattr(petseg_utils, "augment", lambda *given: called.append(given[2]) or given[:2])
+    monkeypatch.setattr(
+        petseg_utils, "augment", lambda *given: called.append(given[2]) or given[:2]
+    )
     train(new_model(), pets, pets, RECIPE.but(AUGMENT=0.0))
     assert not called
     train(new_model(), pets, pets, RECIPE.but(AUGMENT=0.5))
@@ -186,7 +206,9 @@ def test_net_that_is_no_unet_can_be_trained_and_resumed(pets, tmp_path):
 
     def new_peer(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1)
+        )
 
     peer, again = new_peer(0), new_peer(1)
     history = train(peer, pets, pets, RECIPE, tmp_path / "checkpoint.pt")
@@ -200,7 +222,9 @@ def test_too_few_images_for_a_batch_are_told(pets, complains):
 
 
 def test_training_that_diverges_is_told(pets, complains, monkeypatch):
-    monkeypatch.setattr(petseg_utils, "segmentation_loss", lambda logits, *_: logits.sum() * math.nan)
+    monkeypatch.setattr(
+        petseg_utils, "segmentation_loss", lambda logits, *_: logits.sum() * math.nan
+    )
     with complains("no longer a number", "LEARNING_RATE"):
         train(new_model(), pets, pets, RECIPE)
 
@@ -212,12 +236,16 @@ def rates(pets, monkeypatch, recipe: Recipe) -> list[float]:
     """Train and return the learning rate of every step."""
     seen = []
     step = Muon.step
-    monkeypatch.setattr(Muon, "step", lambda self: (seen.append(self.param_groups[0]["lr"]), step(self)))
+    monkeypatch.setattr(
+        Muon, "step", lambda self: (seen.append(self.param_groups[0]["lr"]), step(self))
+    )
     train(new_model(), pets, pets, recipe)
     return seen
 
 
-def test_the_learning_rate_warms_up_over_a_tenth_of_the_steps_and_falls_straight_to_nothing(pets, monkeypatch):
+def test_the_learning_rate_warms_up_over_a_tenth_of_the_steps_and_falls_straight_to_nothing(
+    pets, monkeypatch
+):
     seen = rates(pets, monkeypatch, RECIPE.but(EPOCHS=20))  # 40 steps
     shares = np.interp(np.arange(1, 41), [0, 4.1, 41], [0, 1, 0])
     assert seen == pytest.approx(RECIPE.LEARNING_RATE * shares)
@@ -229,7 +257,13 @@ def test_without_linear_decay_the_rate_is_constant(pets, monkeypatch):
 
 def test_with_everything_switched_off_it_is_the_plainest_loop(pets):
     """The oracle is PyTorch's Adam, over the same batches, with cross-entropy alone."""
-    plain = {"MUON": False, "LINEAR_DECAY": False, "WEIGHT_DECAY": 0.0, "DICE_WEIGHT": 0.0, "AVERAGE": False}
+    plain = {
+        "MUON": False,
+        "LINEAR_DECAY": False,
+        "WEIGHT_DECAY": 0.0,
+        "DICE_WEIGHT": 0.0,
+        "AVERAGE": False,
+    }
     trained = new_model()
     train(trained, pets, pets, RECIPE.but(**plain, AUGMENT=0.0))
 
@@ -249,7 +283,9 @@ def test_with_everything_switched_off_it_is_the_plainest_loop(pets):
             torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"MUON": False}, {"WEIGHT_DECAY": 0.5}, {"DICE_WEIGHT": 0.0}, {"AVERAGE": False}])
+@pytest.mark.parametrize(
+    "change", [{"MUON": False}, {"WEIGHT_DECAY": 0.5}, {"DICE_WEIGHT": 0.0}, {"AVERAGE": False}]
+)
 def test_every_ingredient_makes_a_difference(pets, change):
     models = [new_model(), new_model()]
     for model, recipe in zip(models, (RECIPE, RECIPE.but(**change)), strict=True):
@@ -274,13 +310,21 @@ def test_moving_average_forgets_less_and_less(average):
 def test_small_epochs_train_and_validate_at_smaller_sides(pets, monkeypatch):
     trained, scored = [], []
     epoch, score = petseg_utils.train_epoch, petseg_utils.evaluate
-    monkeypatch.setattr(petseg_utils, "train_epoch", lambda t, p, *a: trained.append(p) or epoch(t, p, *a))
-    monkeypatch.setattr(petseg_utils, "evaluate", lambda m, p, *a, **k: scored.append(p) or score(m, p, *a, **k))
+    monkeypatch.setattr(
+        petseg_utils, "train_epoch", lambda t, p, *a: trained.append(p) or epoch(t, p, *a)
+    )
+    monkeypatch.setattr(
+        petseg_utils, "evaluate", lambda m, p, *a, **k: scored.append(p) or score(m, p, *a, **k)
+    )
     train(new_model(), pets, pets, RECIPE.but(EPOCHS=4, SMALL_EPOCHS="2 at 8, 1 at 12"))
     small = load_pets(pets.folder, pets.names, 8)
     assert torch.equal(trained[0].images, small.images)
     assert torch.equal(trained[0].masks, small.masks)
-    assert [p.images.shape[-1] for p in trained] == [p.images.shape[-1] for p in scored] == [8, 8, 12, 16]
+    assert (
+        [p.images.shape[-1] for p in trained]
+        == [p.images.shape[-1] for p in scored]
+        == [8, 8, 12, 16]
+    )
     assert trained[3] is pets
     assert all(torch.equal(p.masks, pets.masks) for p in scored)  # at the full side
 
@@ -288,9 +332,13 @@ def test_small_epochs_train_and_validate_at_smaller_sides(pets, monkeypatch):
 def test_small_epochs_keep_the_mistake_of_mixing_labels(pets, monkeypatch):
     trained = []
     epoch = petseg_utils.train_epoch
-    monkeypatch.setattr(petseg_utils, "train_epoch", lambda t, p, *a: trained.append(p) or epoch(t, p, *a))
+    monkeypatch.setattr(
+        petseg_utils, "train_epoch", lambda t, p, *a: trained.append(p) or epoch(t, p, *a)
+    )
     train(new_model(), pets, pets, RECIPE.but(SMALL_EPOCHS="1 at 4", MASK_RESIZE="bilinear"))
-    assert torch.equal(trained[0].masks, load_pets(pets.folder, pets.names, 4, resize="bilinear").masks)
+    assert torch.equal(
+        trained[0].masks, load_pets(pets.folder, pets.names, 4, resize="bilinear").masks
+    )
     assert not torch.equal(trained[0].masks, load_pets(pets.folder, pets.names, 4).masks)
 
 
@@ -380,7 +428,11 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 self.sizes[StorageWeakRef(storage)] = storage.nbytes()
-        self.sizes = {ref: size for ref, size in self.sizes.items() if ref not in self.given and not ref.expired()}
+        self.sizes = {
+            ref: size
+            for ref, size in self.sizes.items()
+            if ref not in self.given and not ref.expired()
+        }
         self.peak = max(self.peak, sum(self.sizes.values()))
         return result
 
@@ -397,7 +449,9 @@ def test_scoring_shows_one_bar_and_none_for_each_batch(monkeypatch):
     shown = io.StringIO()
 
     def impatient(*arguments: object, delay: float, **options: object) -> tqdm:
-        return tqdm(*arguments, delay=delay * 1e-9, disable=False, mininterval=0, file=shown, **options)
+        return tqdm(
+            *arguments, delay=delay * 1e-9, disable=False, mininterval=0, file=shown, **options
+        )
 
     monkeypatch.setattr(petseg_utils, "tqdm", impatient)
     evaluate(new_model(), noise(40, 16, 16), FLOAT32)
@@ -463,7 +517,9 @@ def test_resumed_equals_uninterrupted(pets, tmp_path, monkeypatch, change, step)
     torch.manual_seed(1234)  # nor where the random generator stands
     continued = train(resumed, pets, pets, recipe.but(RESUME=True), tmp_path / "part.pt")
     assert without_seconds(continued) == without_seconds(history)
-    assert continued[0]["seconds"] != history[0]["seconds"]  # it did not read the other's checkpoint
+    assert (
+        continued[0]["seconds"] != history[0]["seconds"]
+    )  # it did not read the other's checkpoint
     assert same_weights(resumed, whole)
 
 
@@ -602,7 +658,11 @@ def test_checkpoint_of_another_net_is_told(pets, checkpoint, complains):
 
 @pytest.mark.parametrize(
     ("what", "words"),
-    [("training masks", "sum of labels"), ("validation masks", "validation masks"), ("fewer images", "images")],
+    [
+        ("training masks", "sum of labels"),
+        ("validation masks", "validation masks"),
+        ("fewer images", "images"),
+    ],
 )
 def test_checkpoint_of_other_data_is_told(pets, checkpoint, complains, what, words):
     finer = pets._replace(masks=pets.masks.repeat_interleave(2, 1).repeat_interleave(2, 2))
@@ -621,11 +681,14 @@ def test_checkpoint_of_other_data_is_told(pets, checkpoint, complains, what, wor
     [
         pytest.param(lambda path: path.write_bytes(b""), id="empty"),
         pytest.param(lambda path: path.write_text("no checkpoint"), id="text"),
-        pytest.param(lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), id="half"),
+        pytest.param(
+            lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), id="half"
+        ),
         pytest.param(lambda path: torch.save(new_model().state_dict(), path), id="weights only"),
         pytest.param(lambda path: torch.save(new_model(), path), id="pickled model"),
         pytest.param(
-            lambda path: torch.save(torch.load(path, weights_only=True) | {"average": {}}, path), id="no average"
+            lambda path: torch.save(torch.load(path, weights_only=True) | {"average": {}}, path),
+            id="no average",
         ),
     ],
 )
@@ -653,7 +716,9 @@ def trained(pets, photos) -> UNet:
 @pytest.fixture(scope="module")
 def photos() -> torch.Tensor:
     """Return 70 random images (70, 3, 16, 16): two full batches and a smaller one."""
-    coarse = torch.randint(256, (70, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    coarse = torch.randint(
+        256, (70, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     return F.interpolate(coarse, scale_factor=4)
 
 
@@ -664,13 +729,17 @@ def test_prediction_is_the_most_probable_label_with_its_probability(trained, pho
     assert (labels.dtype, confidences.dtype) == (torch.uint8, torch.float32)
     assert labels.shape == confidences.shape == (70, 16, 16)
     torch.testing.assert_close(confidences, expected.amax(dim=1), rtol=0, atol=1e-5)
-    torch.testing.assert_close(expected.gather(1, labels.long().unsqueeze(1))[:, 0], confidences, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        expected.gather(1, labels.long().unsqueeze(1))[:, 0], confidences, rtol=0, atol=1e-5
+    )
 
 
 def test_prediction_does_not_depend_on_the_other_images(trained, photos):
     confidences = predict(trained, photos, FLOAT32)[1]
     for chosen in (slice(0, 1), slice(31, 33), slice(69, 70)):
-        torch.testing.assert_close(predict(trained, photos[chosen], FLOAT32)[1], confidences[chosen], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            predict(trained, photos[chosen], FLOAT32)[1], confidences[chosen], rtol=0, atol=1e-5
+        )
 
 
 def test_prediction_happens_in_eval_mode_and_leaves_the_weights(trained, photos):
@@ -697,14 +766,20 @@ def test_flip_predicts_the_mirrored_for_the_mirrored_image(trained, photos, size
     of_mirrored = predict(trained, photos.flip(3), FLOAT32, flip=True, size=size)
     torch.testing.assert_close(of_mirrored[1].flip(2), confidences, rtol=0, atol=1e-5)
     assert (of_mirrored[0].flip(2) == labels).float().mean() > 0.999  # a tie may fall either way
-    assert not torch.allclose(predict(trained, photos, FLOAT32, size=size)[1], confidences, rtol=0, atol=1e-3)
+    assert not torch.allclose(
+        predict(trained, photos, FLOAT32, size=size)[1], confidences, rtol=0, atol=1e-3
+    )
 
 
 def test_flip_averages_probabilities(trained, photos):
     with torch.no_grad():
-        straight, mirrored = (trained.eval()(images / 127.5 - 1).softmax(dim=1) for images in (photos, photos.flip(3)))
+        straight, mirrored = (
+            trained.eval()(images / 127.5 - 1).softmax(dim=1) for images in (photos, photos.flip(3))
+        )
     expected = ((straight + mirrored.flip(3)) / 2).amax(dim=1)
-    torch.testing.assert_close(predict(trained, photos, FLOAT32, flip=True)[1], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        predict(trained, photos, FLOAT32, flip=True)[1], expected, rtol=0, atol=1e-5
+    )
 
 
 def test_bfloat16_predicts_nearly_the_same(trained, photos):
@@ -725,7 +800,11 @@ def test_evaluation_counts_every_image_as_its_prediction_says(trained, pets):
 
 def test_evaluation_brings_logits_to_the_side_of_the_masks(trained, photos):
     random = torch.Generator().manual_seed(0)
-    finer = Pets([f"pug_{i}" for i in range(8)], photos[:8], torch.randint(3, (8, 48, 48), generator=random).byte())
+    finer = Pets(
+        [f"pug_{i}" for i in range(8)],
+        photos[:8],
+        torch.randint(3, (8, 48, 48), generator=random).byte(),
+    )
     with torch.no_grad():
         logits = trained.eval()(finer.images / 127.5 - 1)
     matrices = {}
