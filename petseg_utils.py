@@ -7,8 +7,6 @@ classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each a
 `CLASSES`, or `IGNORE`.
 """
 
-import csv
-import json
 import math
 import os
 import re
@@ -26,7 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,24 +34,22 @@ from torchvision.datasets import OxfordIIITPet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# Files of their own, which nobody has to read to learn about segmentation; what they offer is
-# passed on.
+# Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
+from support.checkpoints import load_checkpoint, save_checkpoint, set_aside, undone_if_stopped
 from support.machine import (
     check_memory,
     keep_freed_memory,
     memory_told,
     pick_device,
     pick_precision,
-    room_for,
 )
 from support.muon import Muon
-from support.parameters import InputError, Parameters, brief, check_folder_name, reason
+from support.parameters import InputError, Parameters, brief, check_folder_name, param, reason
 from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet
-from support.safe_files import git_name, own_folder, read_names, write_atomically, write_csv
+from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
+from support.safe_files import read_names, write_atomically
 from support.sample_pets import draw_sample_pets
-from support.tensor_files import load_tensors, save_tensors
 
-ROOT = Path(__file__).resolve().parent
 CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
 
@@ -62,96 +58,68 @@ IGNORE = 255  # label of pixels that augmentation moved in from outside the phot
 
 
 class Recipe(Parameters):
-    """Every parameter of a run. What a learner changes comes first, what the experiments vary after it."""
+    """Every parameter of a run: what a learner changes first, then what the experiments vary."""
 
     # These say where a run reads, computes and writes, not what it trains.
     PLACES: ClassVar[set[str]] = {"DATA_DIR", "DOWNLOAD", "DEVICE", "PHOTO", "RUN_NAME", "RESUME"}
 
-    DATASET: Literal["sample", "oxford"] = Field(
-        "sample", description='"sample" (drawn here) or the real "oxford"'
+    DATASET: Literal["sample", "oxford"] = param(
+        "sample", '"sample" (drawn here) or the real "oxford"'
     )
-    DATA_DIR: str = Field(
-        "data", min_length=1, description="folder with oxford-iiit-pet, from the project's root"
+    DATA_DIR: str = param(
+        "data", "folder with oxford-iiit-pet, from the project's root", min_length=1
     )
-    IMAGE_SIZE: int = Field(
-        64, ge=8, le=1024, description="side of the images in pixels; divisible by 2**DEPTH"
+    IMAGE_SIZE: int = param(64, "side of the images in pixels; divisible by 2**DEPTH", 8, 1024)
+    BASE_CHANNELS: int = param(16, "channels of the first level (the course's net has 32)", 1, 256)
+    EPOCHS: int = param(6, "passes over the training images", 1, 1000)
+    LEARNING_RATE: float = param(
+        1e-2, "its peak, or the rate itself without LINEAR_DECAY", gt=0, most=1
     )
-    BASE_CHANNELS: int = Field(
-        16, ge=1, le=256, description="channels of the first level (the course's net has 32)"
-    )
-    EPOCHS: int = Field(6, ge=1, le=1000, description="passes over the training images")
-    LEARNING_RATE: float = Field(
-        1e-2, gt=0, le=1, description="its peak, or the rate itself without LINEAR_DECAY"
-    )
-    PHOTO: str = Field(
-        "", description='image file to try the net on; "" takes the one that scikit-image ships'
-    )
-    RUN_NAME: str = Field(
-        "default", description="results go to runs/RUN_NAME; with papermill, its output's folder"
+    PHOTO: str = param("", 'image file to try the net on; "" takes the one that scikit-image ships')
+    RUN_NAME: str = param(
+        "default", "results go to runs/RUN_NAME; with papermill, its output's folder"
     )
 
-    DOWNLOAD: bool = Field(
-        False, description="download the real dataset (about 800 MB) into DATA_DIR"
+    DOWNLOAD: bool = param(False, "download the real dataset (about 800 MB) into DATA_DIR")
+    LIMIT: int = param(0, "use only this many images of each split; 0 uses all", 0)
+    SCORE_SIZE: int = param(0, "side of the masks that are scored; 0 takes IMAGE_SIZE", 0, 1024)
+    MASK_RESIZE: Literal["nearest", "bilinear"] = param(
+        "nearest", '"nearest" or, a mistake, "bilinear"'
     )
-    LIMIT: int = Field(0, ge=0, description="use only this many images of each split; 0 uses all")
-    SCORE_SIZE: int = Field(
-        0, ge=0, le=1024, description="side of the masks that are scored; 0 takes IMAGE_SIZE"
+    DEPTH: int = param(5, "levels down, and up again", 2, 7)
+    NORMS: int = param(2, "BatchNorms in each conv_plus_conv", 1, 2)
+    SKIPS: bool = param(True, "False replaces what the skip connections carry by zeros")
+    SMALL_EPOCHS: str = param(
+        "", 'first EPOCHS, at smaller sides, like "2 at 64, 3 at 128"; "" for none'
     )
-    MASK_RESIZE: Literal["nearest", "bilinear"] = Field(
-        "nearest", description='"nearest" or, a mistake, "bilinear"'
+    BATCH_SIZE: int = param(16, "images in one training step", 2, 1024)
+    MUON: bool = param(True, "train with Muon; False trains with AdamW")
+    LINEAR_DECAY: bool = param(
+        True, "warm the rate up, then let it fall to 0; False keeps it constant"
     )
-    DEPTH: int = Field(5, ge=2, le=7, description="levels down, and up again")
-    NORMS: int = Field(2, ge=1, le=2, description="BatchNorms in each conv_plus_conv")
-    SKIPS: bool = Field(True, description="False replaces what the skip connections carry by zeros")
-    SMALL_EPOCHS: str = Field(
-        "", description='first EPOCHS, at smaller sides, like "2 at 64, 3 at 128"; "" for none'
+    WEIGHT_DECAY: float = param(0.01, "how much each step shrinks the weights", 0, 1)
+    DICE_WEIGHT: float = param(0.5, "weight of the Dice loss beside cross-entropy", 0, 100)
+    AVERAGE: bool = param(True, "keep a moving average of the weights; False keeps the last ones")
+    AUGMENT: float = param(1.0, "how much to move and recolour training images; 0 for none", 0, 1)
+    FLIP: bool = param(False, "average the predictions for an image and its mirror image")
+    SEED: int = param(0, "of weights, held-out images, batches and augmentation", 0, lt=2**31)
+    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = param("auto", '"auto", "cpu", "cuda" or "mps"')
+    PRECISION: Literal["auto", "float32", "bfloat16"] = param(
+        "auto", '"auto", "float32" or "bfloat16"'
     )
-    BATCH_SIZE: int = Field(16, ge=2, le=1024, description="images in one training step")
-    MUON: bool = Field(True, description="train with Muon; False trains with AdamW")
-    LINEAR_DECAY: bool = Field(
-        True, description="warm the rate up, then let it fall to 0; False keeps it constant"
-    )
-    WEIGHT_DECAY: float = Field(
-        0.01, ge=0, le=1, description="how much each step shrinks the weights"
-    )
-    DICE_WEIGHT: float = Field(
-        0.5, ge=0, le=100, description="weight of the Dice loss beside cross-entropy"
-    )
-    AVERAGE: bool = Field(
-        True, description="keep a moving average of the weights; False keeps the last ones"
-    )
-    AUGMENT: float = Field(
-        1.0, ge=0, le=1, description="how much to move and recolour training images; 0 for none"
-    )
-    FLIP: bool = Field(
-        False, description="average the predictions for an image and its mirror image"
-    )
-    SEED: int = Field(
-        0, ge=0, lt=2**31, description="of weights, held-out images, batches and augmentation"
-    )
-    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description='"auto", "cpu", "cuda" or "mps"'
-    )
-    PRECISION: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description='"auto", "float32" or "bfloat16"'
-    )
-    RESUME: bool = Field(False, description="go on from the run's checkpoint, if there is one")
+    RESUME: bool = param(False, "go on from the run's checkpoint, if there is one")
 
     @model_validator(mode="after")
     def fits_together(self) -> Self:
         """Check what no single bound can say."""
         check_folder_name(self.RUN_NAME, "RUN_NAME")
         for name, least in (("LIMIT", 50), ("SCORE_SIZE", 8)):
-            if 0 < getattr(self, name) < least:
-                raise InputError(
-                    f"{name} should be 0 or at least {least}, not {getattr(self, name)}."
-                )
-        for side in {*self.small_sides, self.IMAGE_SIZE}:
+            if 0 < (value := getattr(self, name)) < least:
+                raise InputError(f"{name} should be 0 or at least {least}, not {value}.")
+        small = self.small_sides
+        for side in {*small, self.IMAGE_SIZE}:
             check_side(side, self.DEPTH)
-        if (
-            len(self.small_sides) >= self.EPOCHS
-            or max(self.small_sides, default=0) > self.IMAGE_SIZE
-        ):
+        if len(small) >= self.EPOCHS or max(small, default=0) > self.IMAGE_SIZE:
             wanted = f"name fewer epochs than {self.EPOCHS}, at sides up to {self.IMAGE_SIZE}"
             why = "the last epochs train at IMAGE_SIZE, which is scored"
             raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}: {why}.")
@@ -159,16 +127,17 @@ class Recipe(Parameters):
 
     @property
     def small_sides(self) -> list[int]:
-        """The side of the images in each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
-        parts = [
-            re.fullmatch(r"([1-9]\d{0,2}) at ([1-9]\d{0,3})", part)
-            for part in self.SMALL_EPOCHS.split(", ")
-        ]
-        if self.SMALL_EPOCHS and not all(parts):
-            raise InputError(
-                f'SMALL_EPOCHS should be like "2 at 64, 3 at 128", not {brief(self.SMALL_EPOCHS)}.'
-            )
-        return [int(part[2]) for part in parts if part for _ in range(int(part[1]))]
+        """The side of each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
+        sides = []
+        for part in self.SMALL_EPOCHS.split(", ") if self.SMALL_EPOCHS else []:
+            found = re.fullmatch(r"([1-9]\d{0,2}) at ([1-9]\d{0,3})", part)
+            if not found:
+                wanted = 'like "2 at 64, 3 at 128"'
+                raise InputError(
+                    f"SMALL_EPOCHS should be {wanted}, not {brief(self.SMALL_EPOCHS)}."
+                )
+            sides += [int(found[2])] * int(found[1])
+        return sides
 
 
 def check_side(side: int, depth: int) -> None:
@@ -648,96 +617,21 @@ def scores(matrix: Tensor) -> dict:
     }
 
 
-# --------------------------------------------------------------------------------------- run folder
-
-
-def open_run(recipe: Recipe) -> Path:
-    """Return the run's folder, runs/RUN_NAME, to which this process alone may write until it ends.
-
-    Errors: `InputError` if another does, or if the disk is too full for the run or can't be written
-    to.
-    """
-    folder = ROOT / "runs" / recipe.RUN_NAME
-    own_folder(folder, room_for(recipe))
-    return folder
-
-
-def save_weights(path: Path, model: UNet) -> None:
-    """Write the model's weights in float16, which halves the file and changes hardly any label.
-
-    Whole numbers stay as they are, and so does what float16 can't hold: a BatchNorm's variance may
-    be above 65,504.
-    """
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    halved = {
-        n: t.half()
-        for n, t in weights.items()
-        if t.is_floating_point() and t.half().isfinite().all()
-    }
-    save_tensors(path, weights | halved)
-
-
-def load_weights(path: Path, model: UNet) -> None:
-    """Load what `save_weights` wrote into a model of the same architecture. Errors: `InputError`."""
-    try:
-        model.load_state_dict(load_tensors(path))
-    except (RuntimeError, TypeError, AttributeError):
-        raise InputError(
-            f"{path} is damaged, or holds the weights of another architecture: train again."
-        ) from None
-
-
 def save_run(
     folder: Path, metrics: dict, history: list[dict], scored: dict[str, tuple[Pets, Tensor]]
 ) -> None:
-    """Write `history.csv`, `images.csv` and, last, `metrics.json`: its being there says that the
-    run is complete.
+    """Write a run's results: its history, the counts of every image, and `metrics.json` last.
 
     `scored` has the images of a split and what `evaluate` counted, (B, K, K), by the split's name.
     """
-    counts = [f"{true}_as_{predicted}" for true in CLASSES for predicted in CLASSES]
-    images = [
-        {
-            "split": split,
-            "name": name,
-            "breed": breed_of(name),
-            **dict(zip(counts, row, strict=True)),
-        }
-        for split, (pets, matrices) in scored.items()
-        for name, row in zip(pets.names, matrices.flatten(1).tolist(), strict=True)
-    ]
-    splits = {split: {**scores(m.sum(0)), "images": len(m)} for split, (_, m) in scored.items()}
-    code = [Path(__file__), *sorted((ROOT / "support").glob("*.py"))]
-    versions = {"torch": torch.__version__, **{file.stem: git_name(file) for file in code}}
-    text = json.dumps({**metrics, **splits, "versions": versions}, indent=2) + "\n"
-    write_csv(folder / "history.csv", history)
-    write_csv(folder / "images.csv", images)
-    write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
-
-
-def read_run(folder: Path) -> dict:
-    """Return what `save_run` wrote, with the run's `name`. Errors: `InputError` if the folder holds no complete run."""
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        history = csv.DictReader((folder / "history.csv").read_text().splitlines())
-        images = (
-            (folder / "images.csv").read_text().splitlines()
-            if (folder / "images.csv").exists()
-            else []
-        )
-        numbers = [{key: float(text) for key, text in row.items()} for row in history]
-        if not numbers:
-            raise ValueError("history.csv has no rows")
-        return {
-            "name": folder.name,
-            **metrics,
-            "history": numbers,
-            "images": list(csv.DictReader(images)),
-        }
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"there is no complete run in {folder} ({error}): make the run again."
-        ) from None
+    splits, images = {}, []
+    pairs = [f"{true}_as_{predicted}" for true in CLASSES for predicted in CLASSES]
+    for split, (pets, matrices) in scored.items():
+        splits[split] = {**scores(matrices.sum(0)), "images": len(matrices)}
+        for name, matrix in zip(pets.names, matrices, strict=True):
+            counts = dict(zip(pairs, matrix.flatten().tolist(), strict=True))
+            images.append({"split": split, "name": name, "breed": breed_of(name), **counts})
+    write_run(folder, {**metrics, **splits}, history, images)
 
 
 def load_net(folder: Path) -> tuple[UNet, Recipe]:
@@ -772,27 +666,23 @@ def predict(
     size: tuple[int, int] | None = None,
     flip: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the most probable label of every pixel, (B, H, W) uint8, and its probability, (B, H,
-    W) float32.
+    """Return the most probable label of every pixel and its probability, in batches of 32.
 
-    The logits are brought to `size` (H, W), that of the images unless given, bilinearly. `flip`
+    Shapes: images (B, 3, N, N); labels (B, H, W) uint8 and probabilities (B, H, W) float32. The
+    logits are brought to `size` (H, W), that of the images unless given, bilinearly. `flip`
     averages the probabilities with those of the mirrored images.
     """
     size = tuple(size or images.shape[2:])
     model.eval()
 
-    def probabilities(batch: Tensor) -> Tensor:
-        return F.interpolate(run_model(model, batch, precision), size, mode="bilinear").softmax(
-            dim=1
-        )  # (B, K, H, W)
+    def probabilities(batch: Tensor) -> Tensor:  # (B, K, H, W)
+        logits = run_model(model, batch, precision)
+        return F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
 
-    labels, confidences = (
-        torch.empty(len(images), *size, dtype=torch.uint8),
-        torch.empty(len(images), *size),
-    )
-    for start in tqdm(
-        range(0, len(images), 32), "predict", delay=2 if len(images) > 32 else math.inf, leave=False
-    ):
+    labels = torch.empty(len(images), *size, dtype=torch.uint8)
+    confidences = torch.empty(len(images), *size)
+    delay = 2 if len(images) > 32 else math.inf
+    for start in tqdm(range(0, len(images), 32), "predict", delay=delay, leave=False):
         part = slice(start, start + 32)
         likely = probabilities(images[part])
         if flip:
@@ -803,12 +693,11 @@ def predict(
 
 @memory_told()
 def evaluate(model: nn.Module, pets: Pets, precision: torch.dtype, *, flip: bool = False) -> Tensor:
-    """Return the confusion matrix of every image of `pets`, (B, K, K) int64; their sum is that of
-    the whole split.
+    """Return the confusion matrix of every image of `pets`, (B, K, K) int64.
 
-    Batches are counted and forgotten: to keep the predictions for the test split at 1,024 px would
-    take 19 GB.
+    Batches are counted and forgotten: the predictions for the test split at 1,024 px take 19 GB.
     """
+    keep_freed_memory()
     matrices = [torch.zeros(0, len(CLASSES), len(CLASSES), dtype=torch.int64)]
     batches = list(zip(pets.images.split(32), pets.masks.split(32), strict=True))
     for images, masks in tqdm(batches, "score", delay=2, leave=False):
@@ -826,26 +715,16 @@ def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -
     """
     cross_entropy = F.cross_entropy(logits, masks, ignore_index=IGNORE)
     known = (masks != IGNORE).unsqueeze(1)  # (B, 1, N, N)
-    truth = (
-        F.one_hot(masks.where(masks != IGNORE, 0), logits.shape[1]).permute(0, 3, 1, 2) * known
-    )  # (B, K, N, N)
+    labels = masks.where(masks != IGNORE, 0)
+    truth = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2) * known  # (B, K, N, N)
     probabilities = logits.softmax(dim=1) * known
     overlap = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
     total = (probabilities + truth).sum(dim=(0, 2, 3))
     return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
 
 
-HISTORY = (
-    "epoch",
-    "train_loss",
-    "valid_pixel_accuracy",
-    "valid_mean_iou",
-    "seconds",
-)  # what an epoch leaves
-
-
 class Training(NamedTuple):
-    """All that changes during a training, and so what a checkpoint holds, beside the recipe and the history."""
+    """All that changes during a training, and so what a checkpoint holds, beside the history."""
 
     model: nn.Module
     average: AveragedModel
@@ -854,7 +733,7 @@ class Training(NamedTuple):
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
-        """Return the model with its average, its optimiser and the schedule of the learning rate for so many steps."""
+        """Return the model with its average, its optimiser, and the rate's schedule over all steps."""
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
             precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
@@ -866,56 +745,14 @@ class Training(NamedTuple):
             done = (step + 1) / (total_steps + 1)
             return min(done / 0.1, (1 - done) / 0.9) if recipe.LINEAR_DECAY else 1
 
-        def moving_average(
-            averages: list[Tensor], currents: list[Tensor], updates: Tensor | int
-        ) -> None:
+        def moving_average(averages: list[Tensor], currents: list[Tensor], updates: int) -> None:
             longest = 0.99 if recipe.AVERAGE else 0
-            decay = min(
-                longest, (1 + int(updates)) / (10 + int(updates))
-            )  # less at first, to forget the start
+            decay = min(longest, (1 + int(updates)) / (10 + int(updates)))  # soon forgets the start
             for average, current in zip(averages, currents, strict=True):
                 average.lerp_(current, 1 - decay)
 
         average = AveragedModel(model, multi_avg_fn=moving_average)
         return cls(model, average, optimizer, LambdaLR(optimizer, share_of_peak))
-
-    def save(self, path: Path, identity: dict, history: list[dict]) -> None:
-        """Write a checkpoint: all that going on needs."""
-        parts = {name: part.state_dict() for name, part in self._asdict().items()}
-        save_tensors(path, {**parts, "recipe": identity, "history": history})
-
-    def load(self, path: Path, identity: dict) -> list[dict]:
-        """Read a checkpoint of the same training and return its history. Errors: `InputError`."""
-        saved = load_tensors(path)
-        try:
-            theirs = saved["recipe"]
-            other = [
-                f"{key} {theirs.get(key)}, not {own}"
-                for key, own in identity.items()
-                if theirs.get(key) != own
-            ]
-            if other:
-                raise InputError(
-                    f"{path} is of another run, with {'; '.join(other)}: set RESUME to False, or these."
-                )
-            history = saved["history"]
-            numbers = [[float(row[column]) for column in HISTORY] for row in history]
-            if [row[0] for row in numbers] != list(range(1, len(numbers) + 1)):
-                raise ValueError("the epochs are not numbered from 1")
-            for name, part in self._asdict().items():
-                if saved[name].keys() != part.state_dict().keys():
-                    raise KeyError(name)
-                part.load_state_dict(saved[name])
-            for parameter, state in self.optimizer.state.items():
-                if {tensor.shape for tensor in state.values() if tensor.ndim} != {parameter.shape}:
-                    raise ValueError("the optimiser is that of other weights")
-            return history
-        except InputError:
-            raise
-        except (
-            Exception
-        ):  # anything may be missing or of a wrong type in a file that somebody else made
-            raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
 
 
 @memory_told()
@@ -926,8 +763,7 @@ def train(
     recipe: Recipe,
     checkpoint: Path | None = None,
 ) -> list[dict]:
-    """Train `model` in place, on its device, by `recipe`, and return the history: one dict per
-    epoch.
+    """Train `model` in place, on its device, by `recipe`; return the history, a dict per epoch.
 
     What is validated, and is in `model` at the end, is the moving average of the weights. After
     every epoch the state goes to `checkpoint`; with RESUME training goes on from there, on a CPU
@@ -936,46 +772,29 @@ def train(
     that is damaged or of another training, and an interrupt.
     """
     check_run(recipe, train=train_pets.names, valid=valid_pets.names)
-    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
-    # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster
-    # without on AVX2.
-    model.to(
-        memory_format=torch.channels_last
-        if precision == torch.bfloat16
-        else torch.contiguous_format
-    )
-    keep_freed_memory()
-    identity = identify(recipe, precision, train_pets, valid_pets)
-    first = deepcopy(model.state_dict())
-    training = Training.start(
-        model, recipe, recipe.EPOCHS * count_steps(len(train_pets.names), recipe.BATCH_SIZE)
-    )
-    history = []
-    try:
+    prepare(model, recipe)
+    identity = identify(model, train_pets, valid_pets, recipe)
+    steps = recipe.EPOCHS * count_steps(len(train_pets.names), recipe.BATCH_SIZE)
+    history: list[dict] = []
+    with undone_if_stopped(model, recipe, checkpoint, history):
+        training = Training.start(model, recipe, steps)
         if checkpoint and checkpoint.exists():
-            going_on = recipe.RESUME or getattr(model, "interrupted", None) == recipe
-            history += training.load(checkpoint, identity) if going_on else set_aside(checkpoint)
+            if recipe.RESUME or getattr(model, "interrupted", None) == recipe:
+                history += load_checkpoint(checkpoint, training._asdict(), identity)
+            else:
+                set_aside(checkpoint)
         for row in epochs(training, train_pets, valid_pets, recipe, len(history)):
             history.append(row)
             if checkpoint:
-                training.save(checkpoint, identity, history)
-    except (KeyboardInterrupt, InputError) as error:
-        model.load_state_dict(first)  # so that the same call can be made again
-        model.interrupted = recipe
-        if isinstance(error, InputError):
-            raise
-        kept = f"{checkpoint} keeps {len(history)}" if checkpoint and history else "none was kept"
-        how = "run this cell again to go on, or the notebook with RESUME True"
-        raise InputError(f"interrupted: of {recipe.EPOCHS} epochs, {kept}: {how}.") from None
-    model.load_state_dict(training.average.module.state_dict())
-    model.interrupted = None
+                save_checkpoint(checkpoint, training._asdict(), identity, history)
+        model.load_state_dict(training.average.module.state_dict())
     return history
 
 
 def epochs(
     training: Training, train_pets: Pets, valid_pets: Pets, recipe: Recipe, done: int
 ) -> Iterator[dict]:
-    """Train one epoch after another, but those that are done, and yield a row of the history after each."""
+    """Train the epochs that are not done yet, and yield a row of the history after each."""
     steps = count_steps(len(train_pets.names), recipe.BATCH_SIZE)
     sides = recipe.small_sides + [recipe.IMAGE_SIZE] * (recipe.EPOCHS - len(recipe.small_sides))
 
@@ -983,63 +802,68 @@ def epochs(
     def at_side(side: int) -> tuple[Pets, Pets]:
         if side == recipe.IMAGE_SIZE:
             return train_pets, valid_pets
-        train_again = load_pets(
-            train_pets.folder, train_pets.names, side, resize=recipe.MASK_RESIZE
-        )
-        valid_again = load_pets(valid_pets.folder, valid_pets.names, side)
-        return train_again, valid_again._replace(masks=valid_pets.masks)
+        smaller = load_pets(train_pets.folder, train_pets.names, side, resize=recipe.MASK_RESIZE)
+        held_out = load_pets(valid_pets.folder, valid_pets.names, side)
+        return smaller, held_out._replace(masks=valid_pets.masks)
 
-    with tqdm(total=recipe.EPOCHS * steps, initial=done * steps, mininterval=1, leave=False) as bar:
+    total = recipe.EPOCHS * steps
+    with tqdm(total=total, initial=done * steps, mininterval=1, leave=False) as bar:
         for epoch, side in list(enumerate(sides, 1))[done:]:
             bar.set_description(f"epoch {epoch}/{recipe.EPOCHS}")
-            torch.manual_seed(
-                recipe.SEED * 100_003 + epoch
-            )  # by epoch, so that a resumed run draws the same
+            # By the epoch, so that a resumed run draws the same; no two seeds share an epoch's.
+            torch.manual_seed(recipe.SEED * 100_003 + epoch)
             seen, held_out = at_side(side)
             start = time.perf_counter()
             loss = train_epoch(training, seen, recipe, bar)
             seconds = time.perf_counter() - start
             accuracy, iou = validate(training.average.module, seen, held_out, recipe)
             bar.set_postfix({"loss": f"{loss:.3f}", "valid accuracy": f"{accuracy:.3f}"})
-            yield dict(zip(HISTORY, (epoch, loss, accuracy, iou, seconds), strict=True))
+            yield {
+                "epoch": epoch,
+                "train_loss": loss,
+                "valid_pixel_accuracy": accuracy,
+                "valid_mean_iou": iou,
+                "seconds": seconds,
+            }
 
 
 def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> float:
     """Pass over the images once, in random batches, and return the mean loss."""
     model, average, optimizer, schedule = training
-    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    precision = pick_precision(recipe.PRECISION, device)
     model.train()
     losses = []
     for batch in torch.randperm(len(pets.names)).split(recipe.BATCH_SIZE):
         if len(batch) < recipe.BATCH_SIZE:
             break  # a smaller batch would upset BatchNorm
-        images, masks = pets.images[batch], pets.masks[batch]  # (B, 3, N, N), (B, N, N)
+        images, masks = pets.images[batch].to(device), pets.masks[batch].to(device)
         if recipe.AUGMENT:
-            images, masks = augment(images, masks, recipe.AUGMENT)
+            images, masks = augment(images, masks, recipe.AUGMENT)  # (B, 3, N, N), (B, N, N)
         logits = run_model(model, images, precision)  # (B, K, N, N)
-        loss = segmentation_loss(logits, masks.to(logits.device).long(), recipe.DICE_WEIGHT)
+        loss = segmentation_loss(logits, masks.long(), recipe.DICE_WEIGHT)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         average.update_parameters(model)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise InputError(
-                "the loss is no longer a number: make LEARNING_RATE smaller and train again."
-            )
+        losses.append(loss.detach())  # not read yet: a GPU would have to wait for it in each step
         bar.update()
-    return sum(losses) / len(losses)
+    mean = torch.stack(losses).mean().item()
+    if not math.isfinite(mean):
+        raise InputError(
+            "the loss is no longer a number: make LEARNING_RATE smaller and train again."
+        )
+    return mean
 
 
 def validate(
     model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe
 ) -> tuple[float, float]:
-    """Return pixel accuracy and mean IoU of averaged weights, after giving their BatchNorms
-    statistics of their own.
+    """Return pixel accuracy and mean IoU of averaged weights, with BatchNorm statistics anew.
 
-    In training no batch went through the averaged weights, so their running means and variances are
-    those of other weights. They are measured anew, on at most ten batches of training images.
+    In training no batch went through the averaged weights, so their running means and variances
+    are those of other weights. They are measured on at most ten batches of training images.
     """
     device = next(model.parameters()).device
     precision = pick_precision(recipe.PRECISION, device)
@@ -1051,53 +875,42 @@ def validate(
     return result["pixel_accuracy"], result["mean_iou"]
 
 
+def prepare(model: nn.Module, recipe: Recipe) -> None:
+    """Lay the model out in memory as training is fastest, and keep what is freed."""
+    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
+    # bfloat16 units want the channels of a pixel side by side; float32 on AVX2 is faster without.
+    fast = torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format
+    model.to(memory_format=fast)
+    keep_freed_memory()
+
+
 def count_steps(images: int, batch_size: int) -> int:
     """Return how many full batches an epoch has. Errors: `InputError` if it has none."""
     if images < batch_size:
-        raise InputError(
-            f"{images} training images don't fill one batch of {batch_size}: make BATCH_SIZE smaller."
-        )
+        few = f"{images} training images don't fill one batch of {batch_size}"
+        raise InputError(f"{few}: make BATCH_SIZE smaller.")
     return images // batch_size
 
 
 def check_run(recipe: Recipe, **names: list[str]) -> None:
-    """Raise `InputError` if a split has no images, training has less than a batch, or the memory is too small."""
+    """Raise `InputError` for a split without images, less than a batch, or too little memory."""
     for split, images in names.items():
         if not images:
-            why = (
-                "validation needs breeds that have two images in trainval.txt"
-                if split == "valid"
-                else "add some"
+            breeds = "validation needs breeds that have two images in trainval.txt"
+            raise InputError(
+                f"there are no {split} images: {breeds if split == 'valid' else 'add some'}."
             )
-            raise InputError(f"there are no {split} images: {why}.")
     count_steps(len(names["train"]), recipe.BATCH_SIZE)
     check_memory(recipe, {split: len(images) for split, images in names.items()})
 
 
-def identify(recipe: Recipe, precision: torch.dtype, train_pets: Pets, valid_pets: Pets) -> dict:
+def identify(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe) -> dict:
     """Return all that a training depends on, to tell whether a checkpoint belongs to it."""
+    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
     return {
-        **recipe.model_dump(
-            exclude=Recipe.PLACES | {"FLIP"}
-        ),  # FLIP changes only how the trained net is scored
+        **recipe.model_dump(exclude=Recipe.PLACES | {"FLIP"}),  # FLIP only changes the scoring
         "PRECISION": str(precision).removeprefix("torch."),
         "images": list(train_pets.images.shape),
-        "sum of labels": int(
-            train_pets.masks.sum()
-        ),  # differs for other images, or other masks, of the same shape
+        "sum of labels": int(train_pets.masks.sum()),  # of other images of the same shape, another
         "validation masks": list(valid_pets.masks.shape),
     }
-
-
-def set_aside(checkpoint: Path) -> list:
-    """Keep a former checkpoint as `checkpoint.old.pt`, unless the one kept there went further; return no history."""
-
-    def epochs(path: Path) -> int:
-        with suppress(InputError, LookupError, TypeError):
-            return len(load_tensors(path)["history"])
-        return -1
-
-    old = checkpoint.with_suffix(".old.pt")
-    if epochs(checkpoint) >= epochs(old):
-        os.replace(checkpoint, old)
-    return []

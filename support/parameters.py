@@ -8,7 +8,7 @@ import re
 import reprlib
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class InputError(ValueError):
@@ -53,6 +53,17 @@ def check_folder_name(name: str, parameter: str) -> None:
     if not re.fullmatch(r"\w[\w.+-]*", name) or len(os.fsencode(name)) > 100:
         wanted = "a folder's name of letters, digits and _ . + -, of at most 100 bytes"
         raise InputError(f"{parameter} should be {wanted}, not {brief(name)}.")
+
+
+def param(
+    default: object,
+    meaning: str,
+    least: float | None = None,
+    most: float | None = None,
+    **bounds: float,
+) -> object:
+    """Declare a parameter: default, meaning, range, and other bounds by pydantic's names."""
+    return Field(default, description=meaning, ge=least, le=most, **bounds)
 
 
 class Parameters(BaseModel):

@@ -19,8 +19,8 @@ from petseg_utils import (
     save_run,
     save_weights,
     scores,
-    write_atomically,
 )
+from support.safe_files import write_atomically
 
 
 def new_model(base_channels: int = 2, depth: int = 2, seed: int = 0, **switches) -> UNet:
@@ -188,7 +188,7 @@ def test_folder_without_a_complete_run_is_told(saved, complains, damage):
 def test_metrics_are_written_last(saved, pets, matrices, monkeypatch):
     """Their being there says that a run is complete: so a run that fails before its end must not have them."""
     (saved / "metrics.json").unlink()
-    monkeypatch.setattr(petseg_utils, "write_csv", lambda *_: 1 / 0)
+    monkeypatch.setattr("support.runs.write_csv", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_run(saved, {}, HISTORY, {"test": (pets, matrices)})
     assert not (saved / "metrics.json").exists()
