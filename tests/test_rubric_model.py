@@ -60,7 +60,7 @@ MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eva
 
 
 class ByHand:
-    """A net computed by functions from its convolutions and BatchNorms, in the order they run in."""
+    """A net computed by functions from its convolutions and BatchNorms, in order of use."""
 
     def __init__(self, model: nn.Module, images: Tensor, training: bool) -> None:
         torch.manual_seed(draw("norms").randrange(2**31))
