@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -49,6 +50,7 @@ SETTINGS = {
 def prepare() -> None:
     """Import here, once, what every criterion's process needs: they are forked from this one and have it at once."""
     os.environ |= SETTINGS
+    os.environ.setdefault("GRADED_SEED", str(secrets.randbelow(2**31)))  # of tests/drawn.py
     sys.dont_write_bytecode = True
     for name in HEAVY:
         importlib.import_module(name)
@@ -395,6 +397,7 @@ def main() -> None:
     )
     seconds = time.monotonic() - start
     print(f"{verdict}: {'passed' if enough else 'NOT passed'}, in {seconds:.0f} s. {quiz}")
+    print(f"What the tests draw comes from GRADED_SEED={os.environ['GRADED_SEED']}.")
     if given.out:
         rows = [
             {**c._asdict(), "passed": p, "got": c.points * p, "why": w, "took": s}
