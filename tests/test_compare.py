@@ -13,7 +13,7 @@ import torch
 from papermill.exceptions import PapermillExecutionError
 
 import petseg_utils as pets
-from support import sweep
+from experiments import sweep
 
 ROOT = pets.ROOT  # tests of broken runs have another
 
@@ -375,9 +375,9 @@ def run_notebook(output: Path, **parameters: object) -> str:
 
 def test_the_notebook_shows_a_table_of_runs_sorted_by_validation(tmp_path):
     page = run_notebook(
-        tmp_path / "notebook.ipynb", RUNS="benchmarks/ablations.csv", MAKE_RUNS=False
+        tmp_path / "notebook.ipynb", RUNS="experiments/ablations.csv", MAKE_RUNS=False
     )
-    kept, _ = sweep.find_runs("benchmarks/ablations.csv")
+    kept, _ = sweep.find_runs("experiments/ablations.csv")
     (rows,) = sweep.group_runs(kept).values()
     assert re.findall(r"<tr><td>([^<]+)", page) == [row.name for row in rows]
     header = re.findall(r"<th>(\w+)</th>", page)

@@ -37,6 +37,7 @@ from PIL import Image
 from torchvision.datasets import OxfordIIITPet
 
 import petseg_utils as pets
+from experiments import run_notebook, sweep
 from petseg_utils import (
     InputError,
     Recipe,
@@ -46,7 +47,7 @@ from petseg_utils import (
     save_tensors,
     train,
 )
-from support import machine, run_notebook, safe_files, sweep, tensor_files
+from support import machine, safe_files, tensor_files
 
 LONG = os.environ.get("PETSEG_FAULTS") == "long"
 KILLS, FLIPS, EXAMPLES = (30, 2000, 400) if LONG else (2, 200, 20)
@@ -1381,7 +1382,7 @@ def start(name: str, *options: str) -> subprocess.Popen:
     """Start what `make run` starts."""
     values = ("IMAGE_SIZE 32", "BASE_CHANNELS 4", "DEPTH 2", "EPOCHS 1", "LIMIT 60", "BATCH_SIZE 8")
     words = [word for value in (*values, *options) for word in ("-p", *value.split(" ", 1))]
-    command = [sys.executable, "-m", "support.command", "run", name, *words]
+    command = [sys.executable, "-m", "experiments.command", "run", name, *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT
     )
@@ -1407,7 +1408,7 @@ def test_last_line_of_make_run_is_the_sentence():
     [["run", "../zz"], ["compare", "-r", "RUNS", "runs/nowhere"], ["photo", ""], ["sweep", ""]],
 )
 def test_interrupt_while_the_modules_load_ends_in_one_sentence(words):
-    command = [sys.executable, "-m", "support.command", *words]
+    command = [sys.executable, "-m", "experiments.command", *words]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT, start_new_session=True
     )

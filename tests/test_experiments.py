@@ -1,4 +1,4 @@
-"""The benchmarks: their tables are those that are shown, and what is malformed ends in a sentence before long work."""
+"""The experiments: their tables are those that are shown, and what is malformed ends in a sentence before long work."""
 
 import json
 import re
@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import petseg_utils as pets
-from benchmarks import ablations, norm_statistics, peer, score, throughput
-from support import sweep
+from experiments import ablations, norm_statistics, peer, score, sweep, throughput
 
 
 @pytest.fixture
@@ -21,13 +20,13 @@ def tiny_pets() -> pets.Pets:
     return pets.Pets([f"pug_{i}" for i in range(8)], images, images[:, 0] % 3)
 
 
-FOLDER = pets.ROOT / "benchmarks"
+FOLDER = pets.ROOT / "experiments"
 SHOWN = (FOLDER / "README.md").read_text()
 KEPT = pets.ROOT / "notebooks" / "oxford_run"
 
 
 def run_module(*arguments: object) -> subprocess.CompletedProcess:
-    """Run a module of the benchmarks as a person would."""
+    """Run a module of the experiments as a person would."""
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
 
@@ -36,7 +35,7 @@ def run_module(*arguments: object) -> subprocess.CompletedProcess:
     "command", ["ablations", "ablations optimisers", "norm_statistics", "peer"]
 )
 def test_the_table_that_is_shown_is_what_the_module_prints(command):
-    printed = run_module(*f"benchmarks.{command}".split())
+    printed = run_module(*f"experiments.{command}".split())
     assert printed.returncode == 0, printed.stderr
     assert printed.stdout.count("\n") > 5
     assert printed.stdout in SHOWN
@@ -53,7 +52,7 @@ def test_the_table_of_the_speed_is_that_of_the_kept_result():
 @pytest.mark.parametrize("grid", ablations.GRIDS)
 def test_the_kept_runs_are_all_those_of_the_grid(grid):
     wanted = sweep.read_grid(FOLDER / f"{grid}.json")
-    kept, _ = sweep.find_runs(f"benchmarks/{grid}.csv")
+    kept, _ = sweep.find_runs(f"experiments/{grid}.csv")
     assert [f"{grid}_{run.name}" for run in kept] == list(wanted)
     for run in kept:
         parameters = pets.Recipe(**wanted[f"{grid}_{run.name}"]).model_dump(
@@ -64,7 +63,7 @@ def test_the_kept_runs_are_all_those_of_the_grid(grid):
 
 @pytest.mark.parametrize("grid", ablations.GRIDS)
 def test_the_kept_runs_of_a_change_repeat_one_recipe(grid):
-    kept, _ = sweep.find_runs(f"benchmarks/{grid}.csv")
+    kept, _ = sweep.find_runs(f"experiments/{grid}.csv")
     (rows,) = sweep.group_runs(kept).values()
     grouped = sorted([run.name for run in row.runs] for row in rows)
     assert grouped == sorted([f"{row.name}_seed_0", f"{row.name}_seed_1"] for row in rows)
@@ -267,7 +266,7 @@ def test_a_damaged_file_is_refused_in_a_sentence_before_the_work(
     "arguments", [("nowhere",), ("README.md",), ("x" * 300,), (".", "nowhere"), (".", "README.md")]
 )
 def test_a_wrong_folder_ends_in_a_sentence_and_not_with_0(arguments):
-    done = run_module("benchmarks.score", *arguments)
+    done = run_module("experiments.score", *arguments)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.strip().endswith(".")
@@ -275,9 +274,9 @@ def test_a_wrong_folder_ends_in_a_sentence_and_not_with_0(arguments):
 
 @pytest.mark.parametrize("arguments", [(), (".", ".", ".")])
 def test_wrong_usage_shows_the_usage(arguments):
-    done = run_module("benchmarks.score", *arguments)
+    done = run_module("experiments.score", *arguments)
     assert done.returncode == 1
-    assert "python -m benchmarks.score FOLDER [RUN]" in done.stderr
+    assert "python -m experiments.score FOLDER [RUN]" in done.stderr
 
 
 def test_weights_are_scored_again(run_copy, sample, capsys):

@@ -1,15 +1,15 @@
 """Score a run's weights.pt on the official test split again, and compare with its metrics.json.
 
-python -m benchmarks.score FOLDER [RUN]   FOLDER holds oxford-iiit-pet; RUN is notebooks/oxford_run
+python -m experiments.score FOLDER [RUN]   FOLDER holds oxford-iiit-pet; RUN is notebooks/oxford_run
 unless given
 """
 
 from pathlib import Path
 
 import petseg_utils as pets
+from experiments.command import as_script
+from experiments.sweep import Run, check_run
 from petseg_utils import InputError
-from support.command import as_script
-from support.sweep import Run, check_run
 
 
 def read_scored(run: Path) -> tuple[Run, pets.Recipe]:

@@ -6,7 +6,7 @@ against the machine's own matrix product; then the share of the training loop th
 the cost by side, width, batch and number of images. What is compared takes turns, in a process
 each, since to keep freed memory can't be undone in a process. Prints it, and writes
 throughput_PRECISION.json and cost.png into runs/bench; what the README quotes is kept in
-benchmarks/ and figures/.
+experiments/ and figures/.
 """
 
 import platform
@@ -24,8 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 import petseg_utils as pets
-from support.command import as_script
-from support.sweep import cut, write_json
+from experiments.command import as_script
+from experiments.sweep import cut, write_json
 
 DEVICE = pets.pick_device()
 PRECISION = pets.pick_precision("auto", DEVICE)

@@ -1,8 +1,8 @@
 """What each part buys: runs on the real dataset that differ from a base in one thing, and the table
 of their scores.
 
-    python -m benchmarks.ablations FOLDER [GRID] [CLUSTER]   makes the runs and the table; FOLDER
-    holds oxford-iiit-pet python -m benchmarks.ablations [GRID]                    prints the table
+    python -m experiments.ablations FOLDER [GRID] [CLUSTER]   makes the runs and the table; FOLDER
+    holds oxford-iiit-pet python -m experiments.ablations [GRID]                    prints the table
     of the README from the kept results
 
 GRID is ablations (unless given) or optimisers: the runs are those of GRID.json, made as `make
@@ -15,8 +15,8 @@ import os
 from pathlib import Path
 
 import petseg_utils as pets
-from support import sweep
-from support.command import as_script
+from experiments import sweep
+from experiments.command import as_script
 
 GRIDS = {name: Path(__file__).with_name(f"{name}.json") for name in ("ablations", "optimisers")}
 

@@ -1,4 +1,4 @@
-"""Start one of the Makefile's commands: python -m support.command run, compare, photo or sweep,
+"""Start one of the Makefile's commands: python -m experiments.command run, compare, photo or sweep,
 with its arguments.
 
 Whatever goes wrong ends in one sentence, and so does Ctrl-C, even in the seconds in which the
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 
 COMMANDS = {
-    "run": "support.run_notebook:run",
-    "compare": "support.run_notebook:compare",
-    "photo": "support.photo:main",
-    "sweep": "support.sweep:main",
+    "run": "experiments.run_notebook:run",
+    "compare": "experiments.run_notebook:compare",
+    "photo": "experiments.photo:main",
+    "sweep": "experiments.sweep:main",
 }
 
 

@@ -1,8 +1,8 @@
 """What it is worth to measure BatchNorm's statistics for the averaged weights, instead of taking
 those of the last.
 
-    python -m benchmarks.norm_statistics FOLDER   trains the base of the ablations; FOLDER holds
-    oxford-iiit-pet python -m benchmarks.norm_statistics          prints the table of the README
+    python -m experiments.norm_statistics FOLDER   trains the base of the ablations; FOLDER holds
+    oxford-iiit-pet python -m experiments.norm_statistics          prints the table of the README
     from the result that is kept
 
 After every epoch the same averaged weights are scored twice on the held-out images. Writes
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import petseg_utils as pets
-from benchmarks import ablations, peer
-from support.command import as_script
-from support.sweep import cut, write_json
+from experiments import ablations, peer
+from experiments.command import as_script
+from experiments.sweep import cut, write_json
 
 KEPT = Path(__file__).with_suffix(".json")
 

@@ -1,14 +1,14 @@
 """Train a well-known library's U-Net beside ours: same images, same steps, same recipe, same
 scores.
 
-    python -m benchmarks.peer FOLDER   trains both; FOLDER holds oxford-iiit-pet; needs
-    benchmarks/requirements.txt python -m benchmarks.peer          prints the table of the README
+    python -m experiments.peer FOLDER   trains both; FOLDER holds oxford-iiit-pet; needs
+    experiments/requirements.txt python -m experiments.peer          prints the table of the README
     from the result that is kept
 
 The peer is segmentation_models_pytorch's Unet with a ResNet-18 encoder, which has about as many
 parameters as ours, without pretrained weights. Both train as the ablations do, at 32 base channels,
 with Muon and once more with AdamW. Prints the results and writes runs/bench/peer.json; what the
-README quotes is kept in benchmarks/.
+README quotes is kept in experiments/.
 """
 
 import importlib
@@ -19,9 +19,9 @@ from types import ModuleType
 import torch
 
 import petseg_utils as pets
-from benchmarks import ablations
-from support.command import as_script
-from support.sweep import cut, write_json
+from experiments import ablations
+from experiments.command import as_script
+from experiments.sweep import cut, write_json
 
 KEPT = Path(__file__).with_suffix(".json")
 NETS = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's Unet, ResNet-18"}
@@ -62,7 +62,7 @@ def import_peer() -> ModuleType:
         return importlib.import_module("segmentation_models_pytorch")
     except ImportError:
         raise pets.InputError(
-            "the peer is not installed: run pip install -r benchmarks/requirements.txt."
+            "the peer is not installed: run pip install -r experiments/requirements.txt."
         ) from None
 
 
