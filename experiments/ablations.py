@@ -1,96 +1,81 @@
-"""What each part buys: runs on the real dataset that differ from a base in one thing, and the table
-of their scores.
+"""What each part buys: runs on the real dataset that differ in one thing from a base, and a table.
 
-    python -m experiments.ablations FOLDER [GRID] [CLUSTER]   makes the runs and the table; FOLDER
-    holds oxford-iiit-pet python -m experiments.ablations [GRID]                    prints the table
-    of the README from the kept results
+    python -m experiments.ablations FOLDER [GRID] [CLUSTER]   makes the runs and the table
+    python -m experiments.ablations [GRID]                    prints the README's from kept results
 
-GRID is ablations (unless given) or optimisers: the runs are those of GRID.json, made as `make
-sweep` makes them, on this machine or on a Dask CLUSTER. The results are kept in GRID.csv, a line
-for each run.
+FOLDER holds oxford-iiit-pet. GRID is ablations (unless given) or optimisers: the runs are those of
+GRID.json, made as `make sweep` makes them, on this machine or on a Dask CLUSTER. The results are
+kept in GRID.csv, a line for each run.
 """
 
-import csv
 import os
 from pathlib import Path
+
+import pandas as pd
 
 import petseg_utils as pets
 from experiments import sweep
 from experiments.command import as_script
+from experiments.compare import estimate, pixel_accuracy
+from experiments.read_runs import Run, find_runs, to_table, write_table
+from experiments.tables import cut, markdown
 
 GRIDS = {name: Path(__file__).with_name(f"{name}.json") for name in ("ablations", "optimisers")}
 
 
 def make(data_dir: str, grid: str, cluster: str = "") -> int:
-    """Make the runs of a grid and, once all are complete, the table that is kept; return 1 if one failed."""
+    """Make the runs of a grid and, if all are complete, the kept table; return 1 if one failed."""
     folder = os.path.relpath(pets.find_dataset(data_dir).parent, pets.ROOT)
-    runs = {
-        name: parameters | {"DATA_DIR": folder}
-        for name, parameters in sweep.read_grid(GRIDS[grid]).items()
-    }
+    runs = sweep.read_grid(GRIDS[grid])
+    for parameters in runs.values():
+        parameters["DATA_DIR"] = folder
     outcomes = sweep.make_runs(runs, cluster)
     print(sweep.report(outcomes))
     if any(one["outcome"] == "failed" for one in outcomes):
         return 1
-    folders = " ".join(f"runs/{one['run']}" for one in outcomes)
-    write_results(sweep.find_runs(folders)[0], grid, GRIDS[grid].with_suffix(".csv"))
+    found, _ = find_runs(" ".join(f"runs/{one['run']}" for one in outcomes))
+    found.sort(key=lambda run: list(runs).index(run.name))  # in the order of the grid
+    write_results(found, grid, GRIDS[grid].with_suffix(".csv"))
     return 0
 
 
-def write_results(runs: list[sweep.Run], grid: str, path: Path) -> None:
-    """Write the table that is kept: each run's line has the interval of its gain over the base of the same seed."""
-    found = {run.name: run for run in runs}
-    rows = []
-    for name in filter(found.get, sweep.read_grid(GRIDS[grid])):  # in the order of the grid
-        run, base = found[name], found.get(f"{grid}_base_seed_{found[name].seed}")
-        low = high = ""
-        if base and base is not run and run.counts and base.counts:
-            gain = sweep.estimate(sweep.pixel_accuracy, [run.counts["test"]], [base.counts["test"]])
-            low, high = (f"{100 * bound:.2f}" for bound in gain[1:])
-        rows.append(
-            sweep.to_row(run)
-            | {"name": name.removeprefix(f"{grid}_"), "gain_low": low, "gain_high": high}
-        )
-    pets.write_csv(path, rows)
+def write_results(runs: list[Run], grid: str, path: Path) -> None:
+    """Write the table that is kept, with the interval of each gain over the base of its seed."""
+    bases = {run.seed: run for run in runs if run.name.startswith(f"{grid}_base_seed_")}
+    table = to_table(runs)
+    table["name"] = table["name"].str.removeprefix(f"{grid}_")
+    for place, run in enumerate(runs):
+        base = bases.get(run.seed, run)
+        if base is not run:
+            gain = estimate(pixel_accuracy, [run.counts["test"]], [base.counts["test"]])
+            table.loc[place, ["gain_low", "gain_high"]] = [100 * gain.low, 100 * gain.high]
+    write_table(path, table.round({"gain_low": 2, "gain_high": 2}))
 
 
-def read_results(path: Path) -> dict[str, dict[int, dict[str, str]]]:
-    """Return the lines of the table that is kept, by change and seed."""
-    kept: dict[str, dict[int, dict[str, str]]] = {}
-    for row in csv.DictReader(path.read_text().splitlines()):
-        change, _, seed = row["name"].rpartition("_seed_")
-        kept.setdefault(change, {})[int(seed)] = row
-    return kept
+def read_results(path: Path) -> pd.DataFrame:
+    """Return the table that is kept, by change and seed, in its order."""
+    kept = pd.read_csv(path, na_values=["null"])
+    kept[["change", "seed"]] = kept["name"].str.rsplit("_seed_", n=1, expand=True)
+    return kept.set_index(["change", "seed"])
 
 
-def gain(row: dict[str, str], base: dict[str, str]) -> str:
-    """Return the gain of a run over the base of its seed in points of pixel accuracy, with its 95 % interval."""
-    points = 100 * (float(row["test.pixel_accuracy"]) - float(base["test.pixel_accuracy"]))
-    return "" if row is base else f"{points:+.2f} ({row['gain_low']} to {row['gain_high']})"
-
-
-def table(kept: dict[str, dict[int, dict[str, str]]]) -> str:
-    """Return the kept results as Markdown: a row for each change, with means over its seeds and the gain of each."""
-    seeds = list(kept["base"])
-    names = [
-        "changed",
-        "pixel accuracy",
-        *(f"gain, seed {seed}" for seed in seeds),
-        "mean IoU",
-        "IoU border",
-    ]
-    lines = [f"| {' | '.join([*names, 'GFLOP', 'seconds'])} |", "|---" * (len(names) + 2) + "|"]
-    for change, rows in kept.items():
-
-        def mean(column: str, rows: dict[int, dict[str, str]] = rows) -> float:
-            return sum(float(row[column]) for row in rows.values()) / len(rows)
-
-        cells = [change.replace("_", " "), f"{sweep.cut(100 * mean('test.pixel_accuracy'), 2)} %"]
-        cells += [gain(rows[seed], kept["base"][seed]) for seed in seeds]
-        cells += [sweep.cut(mean(f"test.{score}"), 3) for score in ("mean_iou", "iou.border")]
-        cells += [f"{mean('model.flops') / 1e9:.2f}", f"{mean('training.seconds'):.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def table(kept: pd.DataFrame) -> str:
+    """Return the kept results as Markdown, a row a change: means over its seeds, and each gain."""
+    points = 100 * (kept["test.pixel_accuracy"] - kept["test.pixel_accuracy"].loc["base"])
+    seeds = list(kept.loc["base"].index)
+    heads = ["changed", "pixel accuracy", *(f"gain, seed {seed}" for seed in seeds)]
+    lines = []
+    for change, runs in kept.groupby("change", sort=False):
+        mean = runs.mean(numeric_only=True)
+        cells = [change.replace("_", " "), f"{cut(100 * mean['test.pixel_accuracy'], 2)} %"]
+        for seed in seeds:
+            run = runs.loc[change, seed]
+            gain = f"{points[change, seed]:+.2f} ({run['gain_low']:.2f} to {run['gain_high']:.2f})"
+            cells.append("" if change == "base" else gain)
+        cells += [cut(mean[f"test.{score}"], 3) for score in ("mean_iou", "iou.border")]
+        cells += [f"{mean['model.flops'] / 1e9:.2f}", f"{mean['training.seconds']:.0f}"]
+        lines.append(cells)
+    return markdown([*heads, "mean IoU", "IoU border", "GFLOP", "seconds"], lines)
 
 
 def main(data_dir: str = "", grid: str = "ablations", cluster: str = "") -> int:

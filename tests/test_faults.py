@@ -38,6 +38,7 @@ from torchvision.datasets import OxfordIIITPet
 
 import petseg_utils as pets
 from experiments import run_notebook, sweep
+from experiments.read_runs import find_runs
 from petseg_utils import (
     InputError,
     Recipe,
@@ -1140,7 +1141,7 @@ VERY_LONG = "猫x" * 2000
     lambda: Recipe(**{VERY_LONG: 1}), lambda: Recipe(EPOCHS=VERY_LONG), lambda: Recipe(RUN_NAME=VERY_LONG),
     lambda: pets.find_dataset(VERY_LONG), lambda: pets.open_image(VERY_LONG),
     lambda: run_notebook.run(VERY_LONG), lambda: sweep.main(VERY_LONG), lambda: sweep.main("", workers=VERY_LONG),
-    lambda: sweep.find_runs(VERY_LONG), lambda: sweep.check_runs({"a": {VERY_LONG: 1}}),
+    lambda: find_runs(VERY_LONG), lambda: sweep.check_runs({"a": {VERY_LONG: 1}}),
 ], ids=["name", "value", "RUN_NAME", "DATA_DIR", "PHOTO", "NAME", "GRID", "WORKERS", "RUNS", "in a grid"])  # fmt: skip
 def test_very_long_name_or_value_is_not_repeated_whole(act):
     with pytest.raises(InputError) as caught:

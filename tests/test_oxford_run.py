@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import petseg_utils as pets
-from experiments.sweep import cut
+from experiments.tables import cut
 
 FOLDER = pets.ROOT / "notebooks" / "oxford_run"
 RUN = pets.read_run(FOLDER)

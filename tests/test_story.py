@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import petseg_utils as pets
 from experiments import run_notebook
-from experiments.sweep import cut
+from experiments.tables import cut
 
 NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
 CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
