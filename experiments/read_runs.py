@@ -74,8 +74,8 @@ class Run(BaseModel):
     @property
     def recipe(self) -> str:
         """All that it was trained by except for its seed: runs that share it repeat one another."""
-        places = pets.Recipe.PLACES | {"SEED"}
-        return str({name: value for name, value in self.parameters.items() if name not in places})
+        names = sorted(self.parameters.keys() - pets.Recipe.PLACES - {"SEED"})
+        return str({name: self.parameters[name] for name in names})
 
     @property
     def test_of(self) -> tuple[str, int, int]:

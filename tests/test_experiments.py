@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import petseg_utils as pets
-from experiments import ablations, norm_statistics, peer, score, sweep, throughput
+from experiments import ablations, compare, norm_statistics, peer, read_runs, score, sweep, throughput
+from experiments.tables import cut
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_the_table_of_the_speed_is_that_of_the_kept_result():
 @pytest.mark.parametrize("grid", ablations.GRIDS)
 def test_the_kept_runs_are_all_those_of_the_grid(grid):
     wanted = sweep.read_grid(FOLDER / f"{grid}.json")
-    kept, _ = sweep.find_runs(f"experiments/{grid}.csv")
+    kept, _ = read_runs.find_runs(f"experiments/{grid}.csv")
     assert [f"{grid}_{run.name}" for run in kept] == list(wanted)
     for run in kept:
         parameters = pets.Recipe(**wanted[f"{grid}_{run.name}"]).model_dump(
@@ -63,8 +64,8 @@ def test_the_kept_runs_are_all_those_of_the_grid(grid):
 
 @pytest.mark.parametrize("grid", ablations.GRIDS)
 def test_the_kept_runs_of_a_change_repeat_one_recipe(grid):
-    kept, _ = sweep.find_runs(f"experiments/{grid}.csv")
-    (rows,) = sweep.group_runs(kept).values()
+    kept, _ = read_runs.find_runs(f"experiments/{grid}.csv")
+    (rows,) = compare.group_runs(kept).values()
     grouped = sorted([run.name for run in row.runs] for row in rows)
     assert grouped == sorted([f"{row.name}_seed_0", f"{row.name}_seed_1"] for row in rows)
 
@@ -83,7 +84,7 @@ def test_a_gain_lies_within_its_interval_and_a_rows_scores_are_means_of_its_seed
 
 
 def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
-    template = sweep.check_run(pets.read_run(KEPT))
+    template = read_runs.check_run(pets.read_run(KEPT))
     matrix = torch.tensor([[5, 2, 3], [1, 8, 1], [2, 2, 6]]).flatten().numpy()
     runs = []
     for change, more in (("base", 0), ("no_skips", 2)):
@@ -101,7 +102,7 @@ def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
     assert list(rows) == ["base", "no_skips"]
     assert rows["base"][0]["gain_low"] == ""
     assert float(rows["no_skips"][0]["gain_low"]) < float(rows["no_skips"][0]["gain_high"])
-    again = sweep.read_table(tmp_path / "table.csv")
+    again = read_runs.read_table(tmp_path / "table.csv")
     assert again[0].test.pixel_accuracy == pytest.approx(template.test.pixel_accuracy, abs=1e-6)
     assert again[1].recipe == template.recipe
 
@@ -296,7 +297,7 @@ def test_weights_are_scored_again(run_copy, sample, capsys):
     [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")],
 )
 def test_cut_never_rounds_up(value, digits, words):
-    assert sweep.cut(value, digits) == words
+    assert cut(value, digits) == words
 
 
 def test_statistics_that_training_gathered_replace_those_that_were_measured():
