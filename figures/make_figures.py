@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import petseg_utils as pets
-from support.sweep import check_run
+from experiments.read_runs import check_run
 
 NOTEBOOKS = ROOT / "notebooks"
 KEPT = NOTEBOOKS / "oxford_run"

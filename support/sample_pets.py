@@ -81,8 +81,6 @@ def draw_sample_pets(
     Errors: `InputError` (a ValueError) if a count is below 1, `side` is below 32, the folder exists
     and was not drawn here, or nothing can be written there.
     """
-    from petseg_utils import InputError  # here, for that module imports this one
-
     if min(trainval, test) < 1 or side < 32:
         raise InputError(
             f"need trainval and test >= 1 and side >= 32, got {trainval}, {test} and {side}."
