@@ -585,7 +585,7 @@ def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
             channels = out
         own = outputs[len(path) : len(path) + len(operations)]
         parted = (gives for gives in own if gives != shape)
-        traced = next(parted, shape) if len(own) == len(operations) else None
+        traced = next(parted, own[-1] if len(own) == len(operations) else None)
         path += operations
         size = f"N/{2**level}" if level else "N"
         multiple = out // rows[0][2]

@@ -139,14 +139,14 @@ def first_fault(plan: list[Planned], seen: list[Operation], stopped: str) -> str
         elif not here and stopped:
             told = f"the pass stops after {before}, and {UNKNOWN} ({stopped})"
         elif here[1:] and fits(planned, here[1]) and planned.kind != plan[index - 1].kind:
-            told = f"a {here[0].kind} too many after {before}"
+            told = f"one {here[0].kind} too many after {before}"
         else:
             told = planned.missing.format(before=before)
         if told:
             return f"{told}."
         before = planned.name
     if seen[len(plan) :]:
-        return f"a {seen[len(plan)].kind} too many after {before}."
+        return f"one {seen[len(plan)].kind} too many after {before}."
     return f"the pass stops after {before}, and {UNKNOWN} ({stopped})." if stopped else ""
 
 
@@ -177,7 +177,7 @@ def fault_of_convolution(planned: Planned, seen: Operation, after_concatenation:
         if not after_concatenation:
             return told
         doubled = "the concatenation doubles them"
-        return f"{told}: {doubled if has == 2 * seen.takes else 'are the levels in order?'}"
+        return f"{told}: {doubled if has == 2 * seen.takes else 'it may be of another level'}"
     if seen.kernel != planned.kernel:
         is_, right = (f"{size} x {size}" for size in (seen.kernel, planned.kernel))
         return f"{name} is {is_}, planned is {right}"
