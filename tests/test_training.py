@@ -126,6 +126,20 @@ def test_loss_that_is_no_number_ends_the_training_with_its_epoch(pets, complains
     assert len(losses) == 2  # the steps of one epoch
 
 
+def test_no_two_epochs_draw_the_same_whatever_their_seeds(pets, monkeypatch):
+    drawn = set()
+    epoch = petseg_utils.train_epoch
+
+    def noted(*given: object) -> float:
+        drawn.add(torch.initial_seed())
+        return epoch(*given)
+
+    monkeypatch.setattr(petseg_utils, "train_epoch", noted)
+    for seed in (1, 2):
+        train(new_model(), pets, pets, RECIPE.but(SEED=seed))
+    assert len(drawn) == 6
+
+
 # ------------------------------------------------------------------- ingredients
 
 
