@@ -40,7 +40,7 @@ def compare(*options: str) -> None:
 
 
 def execute(notebook: Path, output: Path, options: list[str]) -> None:
-    """Execute a notebook into `output`, with a page for a browser beside it. Errors: `InputError`."""
+    """Execute a notebook into `output`, with a page for a browser beside. Errors: `InputError`."""
     draft = output.with_name("unfinished.ipynb")  # what stays of a run that fails
     page = output.with_suffix(".html")
     try:
@@ -109,7 +109,7 @@ def call_papermill(command: list[str], draft: Path) -> None:
 
 
 def fault_of(error: PapermillExecutionError, draft: Path) -> str:
-    """Return one sentence on the cell that ended a notebook, with its line if nothing else tells."""
+    """Return one sentence on the cell that ended a notebook, with its line if only that tells."""
     if error.ename == "InputError":
         return error.evalue
     what = f"cell {error.exec_count} ended with {error.ename}"
@@ -123,6 +123,6 @@ def fault_of(error: PapermillExecutionError, draft: Path) -> str:
 
 
 def quieten_kernel() -> None:
-    """Keep this process's messages, but not the stack traces that its kernel prints when it is stopped."""
+    """Keep this process's messages, but not the stack traces of its kernel when it is stopped."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a child inherits

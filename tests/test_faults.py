@@ -742,7 +742,9 @@ def renamed(new: str, encoding: str = "utf-8"):
         trimaps = folder / "annotations" / "trimaps"
         (trimaps / "Bengal_1.png").rename(trimaps / f"{new}.png")
         path = folder / "annotations" / "trainval.txt"
-        path.write_bytes(path.read_text(encoding="utf-8").replace("Bengal_1 ", f"{new} ").encode(encoding))
+        path.write_bytes(
+            path.read_text(encoding="utf-8").replace("Bengal_1 ", f"{new} ").encode(encoding)
+        )
 
     return damage
 
@@ -1258,7 +1260,10 @@ def test_limit_of_a_container_counts(monkeypatch, tmp_path):
 
 def limit_memory(more: int) -> None:
     """Let this process take so many bytes more of address space."""
-    size = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    size = (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        * resource.getpagesize()
+    )
     resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
 
 
