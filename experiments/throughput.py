@@ -209,8 +209,8 @@ def growth() -> dict[str, dict]:
 def plot_growth(measured: dict[str, dict]) -> plt.Figure:
     """Plot seconds by size, and the expected slope through the largest, on logarithmic axes."""
     alt = "Seconds of training by side, width, batch and number of images, with expected slopes."
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained")
-    figure.set_label(alt)
+    look = {"figsize": (12, 3.4), "sharey": True, "layout": "constrained"}
+    figure, panels = plt.subplots(1, 4, **look, label=alt)
     for axes, (name, line) in zip(panels, measured.items(), strict=True):
         sizes, seconds, (slope, label) = np.array(line["sizes"]), line["seconds"], GROWING[name]
         expected = seconds[-1] * (sizes / sizes[-1]) ** slope
@@ -228,15 +228,14 @@ def plot_growth(measured: dict[str, dict]) -> plt.Figure:
 def figures_of(one: dict) -> dict[str, str]:
     """Return the headline figures by name, none rounded in our favour."""
     muon = 100 * (one["step_images_per_second"] / one["muon_step_images_per_second"] - 1)
+    memory = cut(one["step_against_memory_not_kept"], 2)
     figures = {
         "plain step, images a second": cut(one["plain_images_per_second"], 2),
         "this project's step, images a second": cut(one["step_images_per_second"], 2),
         "the step with Muon, images a second": cut(one["muon_step_images_per_second"], 2),
         "what Muon adds to the step": f"{-float(cut(-muon, 1))} %",
         "the step against the plain one": f"{cut(one['step_against_plain'], 2)} times as fast",
-        "the step against itself, freed memory not kept": (
-            f"{cut(one['step_against_memory_not_kept'], 2)} times"
-        ),
+        "the step against itself, freed memory not kept": f"{memory} times",
         "the step, GFLOP/s": cut(one["step_gflops"], 0),
     }
     for name, value in one["matrix_product_gflops"].items():
@@ -266,9 +265,8 @@ def main() -> None:
         print(f"cost by {name:10} slope {line['slope']:.1f}, expected {GROWING[name][0]}")
     write_json(folder / f"throughput_{name_of(PRECISION)}.json", result)
     figure = plot_growth(result["growth"])
-    pets.write_atomically(
-        folder / "cost.png", lambda file: figure.savefig(file, format="png", dpi=120)
-    )
+    picture = folder / "cost.png"
+    pets.write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 if __name__ == "__main__":
