@@ -212,6 +212,7 @@ def run_pytest(folder: Path, tests: list[str], *options: str) -> None:
     torch.set_num_threads(1)
     sys.path[:1] = [str(folder)]
     options = (*options, "-c", "pyproject.toml", "-p", "no:cacheprovider", "-s", "-q", "--color=no")
+    options = (*options, "--tb=native")  # the others parse the module for every failure
     options = (*options, "-p", "no:unraisableexception")  # it collects garbage, for half a second
     options = (*options, "-p", "no:legacypath")  # it replaces functions of pytest
     sys.audit("grading.start", str(folder))
@@ -392,10 +393,12 @@ def told_once(results: list[Result], imported: bool, notes: list[str]) -> Grade:
             if not told:
                 told.add(why)
                 error = why.partition("loaded: ")[2] or why
-                only = "It may need only what requirements.txt names, and files handed in with it."
-                notes = [f"{MODULE} can't be imported: {error.rstrip('.')}. {only}", *notes]
+                absent = "ModuleNotFoundError" in error
+                only = " Only what requirements.txt names is there, and what was handed in."
+                note = f"{MODULE} can't be imported: {error.rstrip('.')}.{only * absent}"
+                notes = [note, *notes]
             why = f"{MODULE} can't be imported"
-        elif unwritten := re.search(r"Write ([\w.]+): (.*?)\.? \(", why):
+        elif unwritten := re.match(r"Write ([\w.]+): (.*?)\.? \([\w/.]+::", why):
             name, how = unwritten.groups()
             why = f"it needs {name}" if name in told else f"Write `{name}` first: {how}"
             told.add(name)
@@ -469,10 +472,11 @@ def show(graded: Grade, hints: bool) -> None:
             print(f"{'':18}{line}")
 
 
-def write(out: Path, graded: Grade, pass_mark: float, seconds: float) -> None:
-    """Write grade.json, grade.md and junit.xml into a folder."""
+def write(out: Path, graded: Grade, pass_mark: float, seconds: float, digest: str = "") -> None:
+    """Write grade.json, grade.md and junit.xml into a folder; `digest` says what was graded."""
     whole = total(graded.results, pass_mark)
-    content = whole._asdict() | {"passed": whole.passed, "seconds": seconds, "notes": graded.notes}
+    content = whole._asdict() | {"passed": whole.passed, "seconds": seconds, "digest": digest}
+    content["notes"] = graded.notes
     content["criteria"] = [
         {**r.criterion._asdict(), "passed": r.passed, "got": r.criterion.points * r.passed}
         | {"why": r.why, "took": r.seconds}
