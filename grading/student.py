@@ -41,6 +41,7 @@ OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules
 CHECK = (
     "grading/grade.py",
     "grading/sandbox.py",
+    "grading/guard.py",
     "grading/canary.py",
     "tests/conftest.py",
     "tests/drawn.py",
