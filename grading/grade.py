@@ -57,6 +57,7 @@ SETTINGS = {
 def prepare() -> None:
     """Import what every criterion's process needs: they are forked from this one and have it."""
     os.environ |= SETTINGS
+    os.environ.setdefault("GRADED_SEED", str(secrets.randbelow(2**31)))  # of tests/drawn.py
     sys.dont_write_bytecode = True
     for name in (*HEAVY, *(f"_pytest.{plugin}" for plugin in default_plugins)):
         importlib.import_module(name)
@@ -459,7 +460,7 @@ def as_junit(results: list[Result]) -> bytes:
 
 def show(graded: Grade, hints: bool) -> None:
     """Print the rubric with what was got."""
-    for note in graded.notes:
+    for note in (*graded.notes, f"What the tests draw is GRADED_SEED={os.environ['GRADED_SEED']}."):
         print(note)
     for c, passed, why, _ in graded.results:
         verdict = "pass" if passed else "FAIL"

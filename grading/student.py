@@ -44,6 +44,7 @@ CHECK = (
     "grading/guard.py",
     "grading/canary.py",
     "tests/conftest.py",
+    "tests/drawn.py",
     "tests/test_scores.py",
 )
 MAKEFILE = """# `make check` tells how many of the module's points you have, with hints; `make lab` opens the notebook.

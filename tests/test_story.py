@@ -14,8 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import petseg_utils as pets
-from support import run_notebook
-from support.sweep import cut
+from experiments import run_notebook
+from experiments.tables import cut
 
 NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
 CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
@@ -392,7 +392,7 @@ def test_a_run_stores_only_the_last_state_of_a_progress_bar(tmp_path, monkeypatc
 
 
 def photo(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "support.command", "photo", *words]
+    command = [sys.executable, "-m", "experiments.command", "photo", *words]
     return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True)
 
 
@@ -405,7 +405,7 @@ def test_photo_writes_mask_and_overlay_in_the_size_that_the_camera_meant(tmp_pat
     assert done.returncode == 0, done.stderr
     files = [pets.ROOT / "runs" / f"test-story_{kind}.png" for kind in ("mask", "overlay")]
     assert [Image.open(file).size for file in files] == [(40, 60)] * 2
-    colors = {tuple(pixel) for pixel in np.array(Image.open(files[0])).reshape(-1, 3).tolist()}
+    colors = {tuple(pixel) for pixel in np.array(Image.open(files[0]).convert("RGB")).reshape(-1, 3).tolist()}
     assert colors <= {
         tuple(np.rint(255 * pets.colorize(torch.tensor([[k]]))[0, 0]).astype(int)) for k in range(3)
     }
