@@ -567,6 +567,8 @@ def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
             Step(f"{one.kind} {i}", 0, "", None, one.gives, one.parameters, one.flops, None)
             for i, one in enumerate(seen, 1)
         ]
+    blocks = sum("conv3" in operations for *_, operations in rows)
+    norms = round(sum(isinstance(part, nn.BatchNorm2d) for part in model.modules()) / blocks)
     pairs = takewhile(lambda pair: fits(*pair), zip(planned, seen, strict=False))
     outputs = [operation.gives for _, operation in pairs]
     steps: list[Step] = []
@@ -575,7 +577,7 @@ def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
     for name, level, out, operations in rows:
         shape = (out, side / 2**level)
         # A BatchNorm has a scale and a shift for each channel.
-        parameters = getattr(model, "norms", 2) * 2 * out if "conv3" in operations else 0
+        parameters = norms * 2 * out if "conv3" in operations else 0
         flops = 0
         for operation in operations:
             if kernel := OPERATIONS[operation][1]:

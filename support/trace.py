@@ -119,6 +119,22 @@ def trace_shapes(model: nn.Module, side: int) -> tuple[list[Operation], str]:
     return tracer.seen, ""
 
 
+def names_in_use(model: nn.Module) -> list[str]:
+    """Return the names of a net's tensors, as in its state_dict, in the order of their use."""
+    model = deepcopy(model).to("meta").eval()
+    names: list[str] = []
+
+    def note_all(part: nn.Module, prefix: str) -> None:
+        own = [f"{prefix}.{name}" for name in part.state_dict() if "." not in name]
+        part.register_forward_pre_hook(lambda *_: names.extend(own))
+
+    for prefix, part in model.named_modules():
+        note_all(part, prefix)
+    with torch.no_grad():
+        model(torch.empty(1, 3, 256, 256, device="meta"))
+    return names
+
+
 # --------------------------------------------------------------------------------------- the doctor
 
 

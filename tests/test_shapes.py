@@ -59,6 +59,7 @@ def test_default_model_has_the_shapes_of_the_course():
 @pytest.mark.parametrize("switches", [{}, {"norms": 1}, {"skips": False}])
 def test_parameters_of_every_step_are_the_models(switches):
     model = UNet(3, 2, **switches)
+    assert analyse_shapes(CourseUNet(3, 2, **switches), 20) == analyse_shapes(model, 20)
     parts = {f"down{i}": down for i, down in enumerate(model.downs, 1)}
     parts |= {f"up{i}": up for i, up in enumerate(model.ups[::-1], 1)}
     parts |= {"bottleneck": model.bottleneck, "out": model.out}
