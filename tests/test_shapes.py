@@ -242,7 +242,7 @@ def test_net_that_is_no_such_u_net_gets_its_trace_without_a_prediction():
     assert [row["traced"] for row in rows][:3] == ["32 × 32 × 8", "16 × 16 × 8", "8 × 8 × 16"]
     assert {row["predicted"] + row["agree"] for row in rows} == {""}
     assert sum(step.parameters for step in analyse_shapes(net, 64)) == 3 * 8 * 9 + 8 + 8 * 144 + 16
-    assert "no U-Net of this plan" in diagnose(net, 64)
+    assert "too unlike the plan" in diagnose(net, 64)
 
 
 # ------------------------------------------------------------------- the table
