@@ -20,25 +20,25 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torchvision import tv_tensors
 from torchvision.datasets import OxfordIIITPet
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 # Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
 from support.checkpoints import load_checkpoint, save_checkpoint, set_aside, undone_if_stopped
+from support.images import open_image, open_pair
 from support.machine import (
     check_memory,
     keep_freed_memory,
     memory_told,
     pick_device,
     pick_precision,
+    usable_cpus,
 )
 from support.muon import Muon
 from support.parameters import InputError, Parameters, brief, check_folder_name, param, reason
@@ -150,15 +150,12 @@ def check_side(side: int, depth: int) -> None:
 
 # --------------------------------------------------------------------------------------------- data
 
-IMAGE_FILE, TRIMAP_FILE = (
-    "images/{}.jpg",
-    "annotations/trimaps/{}.png",
-)  # in the dataset's folder, by an image's name
-MAX_PIXELS = 25_000_000  # of one image, lest its prediction take more memory than all the rest
+# In the dataset's folder, by an image's name.
+IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"
 
 
 class Pets(NamedTuple):
-    """A split in memory; masks that are only scored against may have another side than the images."""
+    """A split in memory; masks that are only scored may have another side than the images."""
 
     names: list[str]  # B of them
     images: Tensor  # (B, 3, N, N) uint8
@@ -167,64 +164,57 @@ class Pets(NamedTuple):
 
 
 def breed_of(name: str) -> str:
-    """Return the breed in an image's name: 'Maine_Coon_12' -> 'Maine_Coon'. Cat breeds start with a capital."""
+    """Return the breed in an image's name: 'Maine_Coon_12' -> 'Maine_Coon', with C for cats."""
     return name.rpartition("_")[0]
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
-    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB). Errors: `InputError`."""
-    folder = ROOT / data_dir / "oxford-iiit-pet"
+    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB).
+
+    Errors: `InputError`.
+    """
+    folder = ROOT / Path(data_dir).expanduser() / "oxford-iiit-pet"
     if download:
         try:
             OxfordIIITPet(folder.parent, download=True)
-        except (
-            Exception
-        ) as error:  # of the network, the archive or the disk; a cut connection is no OSError
-            by_hand = "unpack images.tar.gz and annotations.tar.gz from www.robots.ox.ac.uk/~vgg/data/pets there"
-            why = f"{reason(error)}): check the network and try again, or {by_hand}"
-            raise InputError(f"downloading {folder} failed ({why}.") from None
+        except Exception as error:  # of the network, the archive or the disk
+            archives = "images.tar.gz and annotations.tar.gz"
+            by_hand = f"unpack {archives} from www.robots.ox.ac.uk/~vgg/data/pets there"
+            what = f"check the network and try again, or {by_hand}"
+            raise InputError(f"downloading {folder} failed ({reason(error)}): {what}.") from None
     if not os.path.isdir(folder):
-        raise InputError(
-            f"there is no dataset at {folder}: set DATA_DIR to the folder that holds it, or DOWNLOAD."
-        )
+        what = "set DATA_DIR to the folder that holds it, or DOWNLOAD"
+        raise InputError(f"there is no dataset at {folder}: {what}.")
     return folder.resolve()
 
 
 def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[str]:
-    """Return the image names of a split ('trainval' or 'test'), all or `limit` of them drawn by
-    `seed`, sorted.
+    """Return the image names of a split ('trainval' or 'test'), sorted: all, or `limit` drawn.
 
-    The split file decides, not the folder: the real one holds pictures that no split lists. Errors:
-    `InputError` for a split file without names, a name that the other split has, too, and a name
-    without image or trimap.
+    The split file decides, not the folder: the real one holds pictures that no split lists.
+    Errors: `InputError` for a split file without names, a name that the other split has, too,
+    and a name without image or trimap.
     """
     path = folder / "annotations" / f"{split}.txt"
     names = read_names(path) if path.is_file() else {}
     if not names:
-        raise InputError(
-            f"{path} is missing or names no images: extract the dataset's annotations again."
-        )
+        what = "is missing or names no images: extract the dataset's annotations again"
+        raise InputError(f"{path} {what}.")
     other = path.with_name("test.txt" if split == "trainval" else "trainval.txt")
     others = read_names(other) if other.is_file() else {}
     for name in names.keys() & others.keys():
         lines = f"{path} has in line {names[name]} what {other} has in line {others[name]}"
-        raise InputError(
-            f"{lines}, {name}: an image must not be in two splits, so remove one line."
-        )
-    files = {
-        pattern.format(name): line
-        for name, line in names.items()
-        for pattern in (IMAGE_FILE, TRIMAP_FILE)
-    }
+        what = "an image must not be in two splits, so remove one line"
+        raise InputError(f"{lines}, {name}: {what}.")
+    kinds = (IMAGE_FILE, TRIMAP_FILE)
+    files = {kind.format(name): line for name, line in names.items() for kind in kinds}
     missing = [file for file in files if not os.path.isfile(folder / file)]
     if missing:
         first = f"{missing[0]} of line {files[missing[0]]}"
-        raise InputError(
-            f"{path} names {len(missing)} files that are not there, first {first}: extract them."
-        )
-    return sorted(
-        np.random.default_rng(seed).permutation(list(names))[:limit].tolist() if limit else names
-    )
+        what = f"names {len(missing)} files that are not there, first {first}: extract them"
+        raise InputError(f"{path} {what}.")
+    drawn = np.random.default_rng(seed).permutation(list(names)).tolist()
+    return sorted(drawn[: limit or None])
 
 
 def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -241,78 +231,6 @@ def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[li
     return [name for name in names if name not in held], [name for name in names if name in held]
 
 
-def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Image.Image:
-    """Decode an image file of any format, turned the way its camera noted, as RGB or as it is.
-
-    `paired` says that a trimap belongs to it, whose size has to show that it was turned, too.
-    Errors: `InputError`.
-    """
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(
-                    f"its {file.width} x {file.height} pixels are more than {MAX_PIXELS:,}"
-                )
-            if rgb and file.mode.startswith(
-                ("I", "F")
-            ):  # Pillow would clip them to white, or to black
-                raise ValueError(f"its mode {file.mode} has more than 8 bits a channel")
-            turn = (
-                file.getexif().get(0x112, 1) if paired else 1
-            )  # from 5 on, width and height are exchanged
-            if turn in (2, 3, 4) or (turn > 4 and file.width == file.height):
-                raise ValueError(
-                    "it is to be shown turned, and nothing tells whether its trimap is turned, too"
-                )
-            image = ImageOps.exif_transpose(file)
-    except Exception as error:  # Pillow's decoders have many ways to fail on a damaged file
-        why = reason(error).removesuffix(f" {str(path)!r}")
-        raise InputError(
-            f"{path} cannot be decoded ({why}): replace it by an intact image file."
-        ) from None
-    if rgb and image.mode == "P":
-        image = image.convert(
-            "RGBA"
-        )  # a palette with transparency converts straight to RGB only with a warning
-    return image.convert("RGB") if rgb else image
-
-
-def open_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
-    """Decode an image and its trimap, which has the image's size, 8 bits and only 1, 2, 3. Errors: `InputError`."""
-    image = open_image(folder / IMAGE_FILE.format(name), paired=True)
-    path = folder / TRIMAP_FILE.format(name)
-    trimap = open_image(path, rgb=False)
-    if trimap.mode != "L":
-        raise InputError(
-            f"{path} has the mode {trimap.mode}, but a trimap has one channel of 8 bits: replace it."
-        )
-    if trimap.size != image.size:
-        raise InputError(
-            f"{path} is {trimap.size} pixels large but its image is {image.size}: replace it."
-        )
-    strangers = {value for value, count in enumerate(trimap.histogram()) if count} - {1, 2, 3}
-    if strangers:
-        raise InputError(
-            f"{path} holds the value {min(strangers)}, but a trimap holds only 1, 2 and 3: replace it."
-        )
-    return image, trimap
-
-
-def check_files(folder: Path, names: list[str]) -> None:
-    """Raise `InputError` that tells of all files that are unusable, of `names` and of both splits together."""
-    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
-    faults = []
-    for name in tqdm(every, "check all images", leave=False):
-        try:
-            open_pair(folder, name)
-        except InputError as error:
-            faults.append(str(error).rstrip("."))
-    if faults:
-        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
-        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
-
-
 @memory_told()
 def load_pets(
     folder: Path,
@@ -323,27 +241,26 @@ def load_pets(
     mask_side: int = 0,
     resize: str = "nearest",
 ) -> Pets:
-    """Decode every image and trimap once, in parallel, into memory; `mask_side` is `side` unless
-    given.
+    """Decode every image and trimap once, in parallel, into memory.
 
-    `resize` "bilinear" makes the mistake of mixing labels, to show its price. Errors: `InputError`.
+    `mask_side` is `side` unless given. `resize` "bilinear" makes the mistake of mixing labels, to
+    show its price. Errors: `InputError`.
     """
     mask_side = mask_side or side
     images = torch.empty(len(names), 3, side, side, dtype=torch.uint8)
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        image, trimap = open_pair(folder, names[index])
-        # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and
+        image, trimap = load_pair(folder, names[index])
+        # Pillow's bilinear filter is antialiased. A trimap's values are names, not amounts, and
         # must never be mixed.
-        images[index] = v2.functional.pil_to_tensor(
-            image.resize((side, side), Image.Resampling.BILINEAR)
-        )
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
         trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])
+        images[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         masks[index] = torch.from_numpy(np.array(trimap)) - 1  # 1, 2, 3 -> 0, 1, 2
 
     try:
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             list(tqdm(pool.map(fill, range(len(names))), title, len(names), leave=False))
     except InputError:
         check_files(folder, names)  # one is bad: tell of all at once
@@ -351,26 +268,63 @@ def load_pets(
     return Pets(names, images, masks, folder)
 
 
-def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Flip, move and recolour each image and move its mask along, by torch's global random
-    generator.
+def load_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
+    """Decode an image of a dataset and its trimap, as they are. Errors: `InputError`."""
+    return open_pair(folder / IMAGE_FILE.format(name), folder / TRIMAP_FILE.format(name))
 
-    `strength` scales moves and colours. Pixels from outside the photo are grey, labelled `IGNORE`;
-    shapes, dtypes stay.
+
+def check_files(folder: Path, names: list[str]) -> None:
+    """Raise `InputError` that tells of all unusable files, of `names` and of both splits."""
+    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
+    faults = []
+    for name in tqdm(every, "check all images", leave=False):
+        try:
+            load_pair(folder, name)
+        except InputError as error:
+            faults.append(str(error).rstrip("."))
+    if faults:
+        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
+
+
+def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Flip, move and recolour each image of a batch, and move its mask along, on their device.
+
+    Half of the images are mirrored. `strength` scales the rest: turns of up to 10 degrees, shifts
+    of up to 5 % of the side, sizes from 80 to 125 %, colours as in `recolour`. Pixels from outside
+    the photo are grey, labelled `IGNORE`. Shapes and dtypes stay. All is drawn by torch's global
+    generator, on the CPU, so that a resumed run draws the same.
     """
-    fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
-    turn, shift, zoom = 10 * strength, 0.05 * strength, (1 - 0.2 * strength, 1 + 0.25 * strength)
-    move = v2.RandomAffine(
-        turn, (shift, shift), zoom, interpolation=v2.InterpolationMode.BILINEAR, fill=fill
-    )
-    transform = v2.Compose([v2.RandomHorizontalFlip(), move, v2.ColorJitter(*[0.2 * strength] * 3)])
-    # A plain tensor beside an image would pass through untouched: only a tv_tensors.Mask moves
-    # along, by nearest.
-    pairs = [
-        transform(tv_tensors.Image(i), tv_tensors.Mask(m))
-        for i, m in zip(images, masks, strict=True)
-    ]
-    return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
+    count = len(images)
+    mirror = 1 - 2 * torch.randint(2, (count,))
+    angle = torch.empty(count).uniform_(-10, 10).deg2rad() * strength
+    size = 1 + torch.empty(count).uniform_(-0.2, 0.25) * strength
+    shift = torch.empty(count, 2, 1).uniform_(-0.1, 0.1) * strength  # from -1 to 1 is a side
+    cos, sin = angle.cos() / size, angle.sin() / size
+    turn = torch.stack([mirror * cos, mirror * sin, -sin, cos], dim=1).view(count, 2, 2)
+    # Where in the photo, from -1 to 1, each pixel of the result comes from: (B, N, N, 2).
+    source = torch.cat([turn, turn @ shift], dim=2).to(images.device)
+    grid = F.affine_grid(source, list(images.shape), align_corners=False)
+
+    def move(pixels: Tensor, outside: int, mode: str) -> Tensor:
+        moved = F.grid_sample(pixels.float() - outside, grid, mode, align_corners=False)
+        return moved + outside  # for grid_sample fills with zeros
+
+    moved = recolour(move(images, 127, "bilinear"), strength)
+    labels = move(masks.unsqueeze(1), IGNORE, "nearest").squeeze(1)  # labels must never be mixed
+    return moved.to(images.dtype), labels.to(masks.dtype)
+
+
+def recolour(images: Tensor, strength: float) -> Tensor:
+    """Change brightness, contrast and saturation of images (B, 3, N, N), each by up to 20 %."""
+    factors = 1 + torch.empty(3, len(images), 1, 1, 1).uniform_(-0.2, 0.2) * strength
+    brightness, contrast, saturation = factors.to(images.device)
+    weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # of luma, ITU-R BT.601
+    grey = (weights * images).sum(dim=1, keepdim=True)  # (B, 1, N, N)
+    images = torch.lerp(grey, images, saturation)
+    images = torch.lerp(grey.mean(dim=(2, 3), keepdim=True), images, contrast)
+    return images.mul_(brightness).round_().clamp_(0, 255)
 
 
 # -------------------------------------------------------------------------------------------- model

@@ -1,7 +1,4 @@
-"""Checkpoints: a training that was stopped, by whatever, goes on as if nothing had happened.
-
-Nothing here is about segmentation.
-"""
+"""Checkpoints: a training that was stopped, by whatever, goes on as if nothing had happened."""
 
 import os
 from collections.abc import Iterator
@@ -50,19 +47,16 @@ def load_checkpoint(path: Path, parts: dict[str, Stateful], identity: dict) -> l
         return saved["history"]
     except InputError:
         raise
-    except (
-        Exception
-    ):  # in a file that somebody else made, anything may be missing or of a wrong type
+    except Exception:  # in somebody else's file, anything may be missing or of a wrong type
         raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
 
 
 def check_identity(path: Path, theirs: dict, own: dict) -> None:
     """Raise `InputError`, naming all that differs, unless the training was of the same."""
-    other = [
-        f"{key} {theirs.get(key)}, not {own[key]}" for key in own if theirs.get(key) != own[key]
-    ]
+    other = [key for key in own if theirs.get(key) != own[key]]
     if other:
-        what = f"{path} is of another run, with {'; '.join(other)}"
+        told = "; ".join(f"{key} {theirs.get(key)}, not {own[key]}" for key in other)
+        what = f"{path} is of another run, with {told}"
         raise InputError(f"{what}: set RESUME to False, or these.")
 
 

@@ -1,7 +1,6 @@
 """The folder of a run: its results and weights, written whole or not at all, and read back.
 
-Nothing here is about segmentation. What a run's folder holds is a contract: `compare_runs.ipynb`
-reads nothing else.
+What it holds is a contract: `compare_runs.ipynb` reads nothing else.
 """
 
 import csv
@@ -46,7 +45,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load what `save_weights` wrote into a model of the same architecture, whatever its names.
+    """Load what `save_weights` wrote into a model of the same build, whatever its names.
 
     Errors: `InputError`.
     """
@@ -61,9 +60,9 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def write_run(folder: Path, metrics: dict, history: list[dict], images: list[dict]) -> None:
-    """Write `history.csv`, `images.csv` and, last, `metrics.json`, which says that the run is whole.
+    """Write `history.csv`, `images.csv` and, last, `metrics.json`: a run that has it is whole.
 
-    To `metrics` come the versions of torch and of the project's code, by git's names of the files.
+    To `metrics` it adds the versions of torch and of the project's code, by git's names of files.
     """
     code = [ROOT / "petseg_utils.py", *sorted((ROOT / "support").glob("*.py"))]
     versions = {"torch": torch.__version__, **{file.stem: git_name(file) for file in code}}
