@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 # Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
 from support.checkpoints import load_checkpoint, save_checkpoint, set_aside, undone_if_stopped
-from support.images import open_image, open_pair
+from support.images import check_pairs, open_image, open_pair
 from support.machine import (
     check_memory,
     keep_freed_memory,
@@ -150,7 +150,6 @@ def check_side(side: int, depth: int) -> None:
 
 # --------------------------------------------------------------------------------------------- data
 
-# In the dataset's folder, by an image's name.
 IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"
 
 
@@ -166,6 +165,11 @@ class Pets(NamedTuple):
 def breed_of(name: str) -> str:
     """Return the breed in an image's name: 'Maine_Coon_12' -> 'Maine_Coon', with C for cats."""
     return name.rpartition("_")[0]
+
+
+def files_of(folder: Path, name: str) -> tuple[Path, Path]:
+    """Return the paths of an image and of its trimap, by the image's name."""
+    return folder / IMAGE_FILE.format(name), folder / TRIMAP_FILE.format(name)
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
@@ -251,7 +255,7 @@ def load_pets(
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        image, trimap = load_pair(folder, names[index])
+        image, trimap = open_pair(*files_of(folder, names[index]))
         # Pillow's bilinear filter is antialiased. A trimap's values are names, not amounts, and
         # must never be mixed.
         image = image.resize((side, side), Image.Resampling.BILINEAR)
@@ -262,30 +266,12 @@ def load_pets(
     try:
         with ThreadPoolExecutor(usable_cpus()) as pool:
             list(tqdm(pool.map(fill, range(len(names))), title, len(names), leave=False))
-    except InputError:
-        check_files(folder, names)  # one is bad: tell of all at once
+    except InputError:  # one is bad: tell of all at once, of both splits
+        splits = (read_split(folder, split) for split in ("trainval", "test"))
+        every = dict.fromkeys(chain(names, *splits))
+        check_pairs([files_of(folder, name) for name in every])
         raise
     return Pets(names, images, masks, folder)
-
-
-def load_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
-    """Decode an image of a dataset and its trimap, as they are. Errors: `InputError`."""
-    return open_pair(folder / IMAGE_FILE.format(name), folder / TRIMAP_FILE.format(name))
-
-
-def check_files(folder: Path, names: list[str]) -> None:
-    """Raise `InputError` that tells of all unusable files, of `names` and of both splits."""
-    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
-    faults = []
-    for name in tqdm(every, "check all images", leave=False):
-        try:
-            load_pair(folder, name)
-        except InputError as error:
-            faults.append(str(error).rstrip("."))
-    if faults:
-        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
-        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
 
 
 def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,11 @@ OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules
 CHECK = (
     "grading/grade.py",
     "grading/sandbox.py",
+    "grading/guard.py",
     "grading/canary.py",
     "tests/conftest.py",
+    "tests/doctor.py",
+    "tests/drawn.py",
     "tests/test_scores.py",
 )
 MAKEFILE = """# `make check` tells how many of the module's points you have, with hints; `make lab` opens the notebook.

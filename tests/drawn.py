@@ -17,15 +17,15 @@ def draw(what: str) -> Random:
     return Random(f"{SEED} {what}")
 
 
-def draw_pets(folder: Path, names: list[str], side: int, inverted: bool = False) -> Pets:
+def draw_pets(folder: Path, names: list[str], side: int, dark: bool = False) -> Pets:
     """Draw pictures, in memory and on the disk, in which the colour gives each label away."""
     seed = draw(names[0]).randrange(2**31)
     random = torch.Generator().manual_seed(seed)
-    coarse = torch.randint(3, (len(names), 4, 4), generator=random)
+    coarse = torch.randint(3, (len(names), 7, 7), generator=random)
     masks = torch.nn.functional.interpolate(coarse[:, None].float(), (side, side))[:, 0].byte()
     noise = torch.randint(-20, 20, (len(names), 3, side, side), generator=random)
     images = (torch.eye(3)[masks.long()].permute(0, 3, 1, 2) * 180 + 40 + noise).byte()
-    images = 255 - images if inverted else images
+    images = images // 3 if dark else images
     for name, image, mask in zip(names, images, masks, strict=True):
         for file, pixels in ((IMAGE_FILE, image.permute(1, 2, 0)), (TRIMAP_FILE, mask + 1)):
             path = folder / file.format(name)

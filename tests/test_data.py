@@ -41,7 +41,7 @@ def test_torchvision_reads_the_stand_in_with_the_same_content(sample, split):
     theirs = OxfordIIITPet(sample.parent, split=split, target_types="segmentation", download=False)
     listed = [
         line.split()[0]
-        for line in (sample / "annotations" / f"{split}.txt").read_text().splitlines()
+        for line in (sample / "annotations" / f"{split}.txt").read_text(encoding="utf-8").splitlines()
     ]
     ours = load_pets(sample, read_split(sample, split), 32)
     assert len(theirs) == len(ours.names) == SPLITS[split]
@@ -60,7 +60,7 @@ def test_torchvision_finds_the_categories_that_the_names_tell(sample):
         sample.parent, target_types=["category", "binary-category"], download=False
     )
     lines = [
-        line.split() for line in (sample / "annotations" / "trainval.txt").read_text().splitlines()
+        line.split() for line in (sample / "annotations" / "trainval.txt").read_text(encoding="utf-8").splitlines()
     ]
     for (name, *_), (_, (category, species)) in zip(lines, theirs, strict=True):
         assert theirs.classes[category] == breed_of(name).replace("_", " ").title()
@@ -69,7 +69,7 @@ def test_torchvision_finds_the_categories_that_the_names_tell(sample):
 
 def test_list_names_every_picture_of_both_splits(sample):
     texts = {
-        name: (sample / "annotations" / f"{name}.txt").read_text() for name in ("list", *SPLITS)
+        name: (sample / "annotations" / f"{name}.txt").read_text(encoding="utf-8") for name in ("list", *SPLITS)
     }
     listed = [line for line in texts["list"].splitlines() if not line.startswith("#")]
     assert sorted(listed) == sorted((texts["trainval"] + texts["test"]).splitlines())
@@ -119,7 +119,7 @@ def test_what_was_drawn_before_is_kept_until_other_arguments_are_given(tmp_path)
 def test_folder_that_was_not_drawn_here_is_left_alone(tmp_path, complains):
     precious = tmp_path / "oxford-iiit-pet" / "annotations" / "README"
     precious.parent.mkdir(parents=True)
-    precious.write_text("the real dataset")
+    precious.write_text("the real dataset", encoding="utf-8")
     with complains(tmp_path / "oxford-iiit-pet", "move it away"):
         draw_sample_pets(tmp_path, trainval=2, test=1, side=48)
     assert contents(tmp_path) == {"oxford-iiit-pet/annotations/README": b"the real dataset"}
@@ -308,7 +308,7 @@ def test_missing_split_file_is_named(dataset, complains, split):
 @pytest.mark.parametrize("text", ["", "\n \n", "#Image CLASS-ID SPECIES BREED ID\n"])
 def test_split_file_without_names_is_named(dataset, complains, text):
     path = dataset / "annotations" / "test.txt"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with complains(path, "extract"):
         read_split(dataset, "test")
 

@@ -728,7 +728,7 @@ def lines(change):
 
     def damage(folder):
         path = folder / "annotations" / "trainval.txt"
-        changed = change(path.read_text())
+        changed = change(path.read_text(encoding="utf-8"))
         path.write_bytes(changed.encode() if isinstance(changed, str) else changed)
 
     return damage
@@ -742,7 +742,9 @@ def renamed(new: str, encoding: str = "utf-8"):
         trimaps = folder / "annotations" / "trimaps"
         (trimaps / "Bengal_1.png").rename(trimaps / f"{new}.png")
         path = folder / "annotations" / "trainval.txt"
-        path.write_bytes(path.read_text().replace("Bengal_1 ", f"{new} ").encode(encoding))
+        path.write_bytes(
+            path.read_text(encoding="utf-8").replace("Bengal_1 ", f"{new} ").encode(encoding)
+        )
 
     return damage
 
@@ -943,11 +945,11 @@ WRONG = {  # these are refused, in a sentence with these words
     "emoji": (named("🐱_1"), "trainval.txt", "line 25"),
     "same name twice": (lines(lambda text: text + text.splitlines()[2]), "trainval.txt", "twice", "lines 3 and 25"),
     "test names twice": (
-        lambda folder: (folder / "annotations/test.txt").write_text((folder / "annotations/test.txt").read_text() * 2),
+        lambda folder: (folder / "annotations/test.txt").write_text((folder / "annotations/test.txt").read_text(encoding="utf-8") * 2, encoding="utf-8"),
         "test.txt", "twice", "lines 1 and 13",
     ),
     "same name in both": (
-        lambda folder: (folder / "annotations/test.txt").open("a").write("Bengal_1 2 1 1\n"),
+        lambda folder: (folder / "annotations/test.txt").open("a", encoding="utf-8").write("Bengal_1 2 1 1\n"),
         "Bengal_1", "trainval.txt", "line 1", "test.txt", "line 13",
     ),
     "listed, not there": (named("x_1"), "images/x_1.jpg", "line 25", "2 files"),
@@ -1250,7 +1252,7 @@ def test_limit_of_a_container_counts(monkeypatch, tmp_path):
         ("current", "2500000000"),
         ("stat", "anon 1\ninactive_file 500000000\n"),
     ):
-        (tmp_path / f"memory.{name}").write_text(text)
+        (tmp_path / f"memory.{name}").write_text(text, encoding="utf-8")
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
     own = machine.psutil.Process().memory_info().rss
     assert machine.free_memory() == pytest.approx(1e9 + own, rel=0.05)
@@ -1258,7 +1260,10 @@ def test_limit_of_a_container_counts(monkeypatch, tmp_path):
 
 def limit_memory(more: int) -> None:
     """Let this process take so many bytes more of address space."""
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    size = (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        * resource.getpagesize()
+    )
     resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
 
 
@@ -1414,7 +1419,7 @@ def test_interrupt_while_the_modules_load_ends_in_one_sentence(words):
         command, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT, start_new_session=True
     )
     while not re.search(
-        "libtorch|rpds", Path(f"/proc/{process.pid}/maps").read_text()
+        "libtorch|rpds", Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
     ):  # some seconds before the end
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -1448,7 +1453,7 @@ def test_finished_notebook_survives_a_run_that_fails(run_name):
 def test_stopped_run_ends_in_one_sentence(run_name, moment, fault):
     folder = pets.ROOT / "runs" / run_name
     folder.mkdir(parents=True)
-    (folder / "unfinished.ipynb").write_text("of an earlier run")
+    (folder / "unfinished.ipynb").write_text("of an earlier run", encoding="utf-8")
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell lets what runs in the background ignore it
@@ -1492,7 +1497,7 @@ def test_forecast_of_the_memory_is_about_what_a_notebook_takes(run_name, values)
     while process.poll() is None:
         for child in machine.psutil.Process(process.pid).children(recursive=True):
             with suppress(OSError, IndexError, machine.psutil.Error):  # one that ends just now
-                text = Path(f"/proc/{child.pid}/status").read_text()
+                text = Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8")
                 peak = max(peak, 1024 * int(text.partition("VmHWM:")[2].split()[0]))
         time.sleep(0.2)
     options = {name: int(value) for name, value in (pair.split() for pair in values)}

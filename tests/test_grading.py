@@ -20,7 +20,6 @@ from xml.etree import ElementTree
 import nbformat
 import psutil
 import pytest
-from nbclient.exceptions import DeadKernelError
 
 from grading import notebook as grader
 from grading import test_notebook as notebook_criteria
@@ -284,12 +283,9 @@ def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
     (tmp_path / "grading" / "spy.py").touch()
     monkeypatch.setenv("PYTHONPATH", "")  # the grader sets it: so it is put back
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DeadKernelError):
-        grader.execute(tmp_path, [].append)
+    grader.execute(tmp_path, [].append)
     monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
-    with pytest.raises(
-        AssertionError, match="every cell to be executed, found code cell 3 that was not"
-    ):
+    with pytest.raises(pytest.fail.Exception, match="ended its kernel in code cell 3, 'import os"):
         notebook_criteria.test_notebook_runs_to_its_end()
 
 

@@ -161,3 +161,13 @@ def test_augmented_labels_are_classes_or_ignored(moved):
     assert images.shape == (64, 3, 32, 32), (
         f"expected the shapes to stay, found {tuple(images.shape)}"
     )
+
+
+def test_half_the_strength_of_augmentation_moves_half_as_much():
+    images, masks = torch.full((256, 3, 32, 32), 127).byte(), torch.zeros(256, 32, 32).byte()
+    torch.manual_seed(draw("strength").randrange(2**31))
+    outside = [(augment(images, masks, s)[1] == IGNORE).float().mean().item() for s in (0.5, 1)]
+    share = outside[0] / outside[1]
+    assert 0.35 < share < 0.7, (
+        f"expected about half as much from outside at half the strength, found {share:.0%}"
+    )

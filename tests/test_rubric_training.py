@@ -249,7 +249,7 @@ def counted(labels: Tensor, masks: Tensor) -> Tensor:
 def test_confusion_matrix_counts_every_pixel_at_any_size(least):
     random = draw(f"matrix {least}")
     size = (
-        random.randint(1, 3),
+        random.randint(3, 4),
         random.randint(least, least + 40),
         random.randint(least, least + 40),
     )
@@ -441,7 +441,7 @@ STEPS["Muon"] = {**STEPS["AdamW"], "MUON": True}
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_are_those_of_the_plainest_loop(drawn, name):
     """The oracle is PyTorch's AdamW, or the project's Muon, over the same batches."""
-    recipe, oracle = drawn.plain.but(**STEPS[name]), new_model()
+    recipe, oracle = drawn.plain.but(**STEPS[name], EPOCHS=2), new_model()
     seen = drawn.see(recipe)
     options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
     kind = Muon if recipe.MUON else torch.optim.AdamW
@@ -457,7 +457,7 @@ def test_steps_are_those_of_the_plainest_loop(drawn, name):
     kernels = max(((a - b).norm() / b.norm()).item() for a, b in pairs if b.ndim == 4)
     image = as_input(drawn.train_pets.images)
     logits = (seen.model.train()(image) - oracle.train()(image)).abs().max().item()
-    assert logits < 0.02, (
+    assert logits < 0.05, (
         f"expected the logits of backward, step and fresh gradients ({name}), "
         f"found a difference of {logits:.3f}"
     )
@@ -477,14 +477,17 @@ def test_learning_rate_rises_and_sinks_once(drawn):
     seen = drawn.see(drawn.recipe, EPOCHS=8)
     rates, top = seen.rates, seen.rates.index(max(seen.rates))
     told = [round(rate, 5) for rate in rates]
-    message = f"expected a rise and a fall over {len(seen.steps)} steps, found {told}"
+    message = f"expected a rise and a fall over {len(seen.steps)} steps"
+    peaks = f"{message} to LEARNING_RATE {peak:.4f}, found {max(rates):.4f}"
+    ends = f"{message} to a last rate near 0, found {rates[-1]}"
+    message += f", found {told}"
     assert len(rates) == len(seen.steps), message
     assert 0 < top < len(rates) / 4, message
     assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True), message
-    assert 0.8 * peak < max(rates) <= peak, f"{message}, not to LEARNING_RATE {peak:.4f}"
-    assert 0 < rates[-1] < 0.2 * peak, f"{message}, with a last rate near 0"
+    assert 0.8 * peak < max(rates) <= peak, peaks
+    assert 0 < rates[-1] < 0.2 * peak, ends
     shares = [rates[top + k] - rates[top + k + 1] for k in range(len(rates) - top - 1)]
-    assert max(shares) < 1.5 * min(shares), f"{message}, not in equal steps"
+    assert max(shares) < 1.5 * min(shares), message.replace("a fall", "a steady fall")
 
 
 def averages(seen: Seen) -> list[list[Tensor]]:
@@ -519,26 +522,28 @@ def test_every_row_scores_the_averaged_net_on_the_validation_images(drawn, small
     train_pets, valid_pets = drawn.train_pets, drawn.valid_pets
     every, steps = averages(seen), len(seen.steps) // 3
     sides = [SMALL if small and not epoch else drawn.recipe.IMAGE_SIZE for epoch in range(3)]
-    passes = list(seen.scored)
     for epoch, (side, row) in enumerate(zip(sides, seen.history, strict=True)):
         shown = load_pets(valid_pets.folder, valid_pets.names, side)
         learned = load_pets(train_pets.folder, train_pets.names, side)
-        mine, order = [], []
-        while passes and len(order) < len(shown.names):
-            mine.append(passes.pop(0))
-            order += indices(mine[-1].images, shown) if mine[-1].images.shape[-1] == side else [-1]
-        assert sorted(order) == list(range(len(shown.names))), (
-            f"expected every validation image scored once at the side {side} in epoch {epoch + 1}, "
-            f"found {order}"
-        )
-        assert all(close(p.weights, every[(epoch + 1) * steps - 1]) for p in mine), (
-            f"expected the weights averaged up to epoch {epoch + 1} to be scored, found others"
+        average = every[(epoch + 1) * steps - 1]
+        mine = [p for p in seen.scored if close(p.weights, average)]
+        assert mine, f"expected the weights averaged up to epoch {epoch + 1} scored, found others"
+        answers = {
+            i: logits
+            for p in mine
+            if p.images.shape[-1] == side
+            for i, logits in zip(indices(p.images, shown), p.logits.float(), strict=True)
+        }
+        answers.pop(-1, None)
+        assert len(answers) == len(shown.names), (
+            f"expected every validation image scored at the side {side} in epoch {epoch + 1}, "
+            f"found {len(answers)} of {len(shown.names)}"
         )
         off = statistics_off(mine[0], learned, drawn.recipe.BATCH_SIZE)
         assert off < 0.3, (
             "expected BatchNorm statistics measured anew on training images, found others"
         )
-        logits = torch.cat([p.logits.float() for p in mine])[torch.tensor(order).argsort()]
+        logits = torch.stack([answers[i] for i in range(len(answers))])
         labels = F.interpolate(logits, valid_pets.masks.shape[1:], mode="bilinear").argmax(1)
         found = row["valid_pixel_accuracy"], row["valid_mean_iou"]
         expected = score_by_hand(labels, valid_pets.masks)
@@ -665,12 +670,11 @@ def test_same_seed_gives_the_same_net_and_another_does_not(drawn, augmented):
 
 
 def test_validation_images_teach_nothing(drawn):
-    """Whichever epoch they find best: with other labels it is another."""
-    recipe = drawn.recipe.but(LEARNING_RATE=0.05, LINEAR_DECAY=False)
-    valid, models = drawn.valid_pets, []
-    turned = valid._replace(images=255 - valid.images, masks=(valid.masks + 1) % 3)
-    for pets in (valid, turned, valid._replace(masks=(valid.masks + 2) % 3)):
-        models.append(see(recipe, drawn.train_pets, pets).model)
+    """Not even which epoch is best: a late one by labels that are right, an early one by others."""
+    train_pets = drawn.train_pets
+    recipe = drawn.recipe.but(AUGMENT=0.0, EPOCHS=6)
+    wrong = [train_pets._replace(masks=(train_pets.masks + k) % 3) for k in (1, 2)]
+    models = [see(recipe, train_pets, p).model for p in (drawn.valid_pets, train_pets, *wrong)]
     assert all(same_weights(models[0], model) for model in models[1:]), (
         "expected weights that don't depend on the validation images, found others"
     )
