@@ -47,6 +47,7 @@ CHANGES = "it changes what judges it"
 LIMIT = 60  # for a criterion that doesn't say otherwise
 LARGEST = 50 * 2**20  # bytes of a file handed in
 SETTINGS = {
+    "GRADERS_MODULE": str(ROOT / MODULE),  # of tests/doctor.py
     "MPLBACKEND": "Agg",
     "TQDM_DISABLE": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
