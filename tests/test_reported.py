@@ -220,7 +220,7 @@ def test_option_of_papermill_that_executes_nothing_is_no_fault(execute, option):
 
 
 @pytest.mark.parametrize(("source", "words"), [
-    ("\nassert A == 3", "cell 2 ended with AssertionError in its line 2, assert A == 3"),
+    ("B = 3\nassert A == B", "cell 2 ended with AssertionError in its line 2, assert A == B"),
     ("assert A == 3, 'A is odd'", "AssertionError: A is odd"),
     ("raise KeyError", "KeyError in its line 1"),
     ("int('a\\nb')", "ValueError: invalid literal"),
