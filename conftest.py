@@ -1,4 +1,4 @@
-"""Wire pytest and nbval: where the kernels find the module, and what strict comparison leaves out."""
+"""Wire pytest and nbval: where kernels find the module, what strict comparison leaves out."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm
 
 
 def pytest_configure(config):
-    """Put the root on the path of this process and of the kernels, which don't read pytest's settings."""
+    """Put the root on the path of this process and of the kernels, which read no settings."""
     sys.path.insert(0, str(ROOT))
     if hasattr(config.option, "nbval_cell_timeout"):
         config.option.nbval_cell_timeout = 600  # seconds
@@ -19,6 +19,6 @@ def pytest_configure(config):
 
 
 def pytest_collectstart(collector):
-    """Leave stderr out of nbval's comparison: progress and warnings of a machine are not results."""
+    """Leave stderr out of nbval's comparison: progress and warnings are not results."""
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("stderr",)

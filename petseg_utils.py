@@ -7,53 +7,48 @@ classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each a
 `CLASSES`, or `IGNORE`.
 """
 
-import csv
-import json
 import math
 import os
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from copy import deepcopy
+from difflib import SequenceMatcher
 from functools import lru_cache
-from itertools import repeat
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from pydantic import Field, model_validator
+from PIL import Image
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torchvision import tv_tensors
 from torchvision.datasets import OxfordIIITPet
-from torchvision.transforms import v2
 from tqdm import tqdm
 
-# Files of their own, which nobody has to read to learn about segmentation; what they offer is
-# passed on.
+# Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
+from support.checkpoints import load_checkpoint, save_checkpoint, set_aside, undone_if_stopped
+from support.images import open_image, open_pair
 from support.machine import (
     check_memory,
     keep_freed_memory,
     memory_told,
     pick_device,
     pick_precision,
-    room_for,
+    usable_cpus,
 )
 from support.muon import Muon
-from support.parameters import InputError, Parameters, brief, check_folder_name, reason
+from support.parameters import InputError, Parameters, brief, check_folder_name, param, reason
 from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet
-from support.safe_files import git_name, own_folder, read_names, write_atomically, write_csv
+from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
+from support.safe_files import read_names, write_atomically
 from support.sample_pets import draw_sample_pets
-from support.tensor_files import load_tensors, save_tensors
+from support.trace import Operation, Planned, first_fault, fits, trace_shapes
 
-ROOT = Path(__file__).resolve().parent
 CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
 
@@ -62,96 +57,68 @@ IGNORE = 255  # label of pixels that augmentation moved in from outside the phot
 
 
 class Recipe(Parameters):
-    """Every parameter of a run. What a learner changes comes first, what the experiments vary after it."""
+    """Every parameter of a run: what a learner changes first, then what the experiments vary."""
 
     # These say where a run reads, computes and writes, not what it trains.
     PLACES: ClassVar[set[str]] = {"DATA_DIR", "DOWNLOAD", "DEVICE", "PHOTO", "RUN_NAME", "RESUME"}
 
-    DATASET: Literal["sample", "oxford"] = Field(
-        "sample", description='"sample" (drawn here) or the real "oxford"'
+    DATASET: Literal["sample", "oxford"] = param(
+        "sample", '"sample" (drawn here) or the real "oxford"'
     )
-    DATA_DIR: str = Field(
-        "data", min_length=1, description="folder with oxford-iiit-pet, from the project's root"
+    DATA_DIR: str = param(
+        "data", "folder with oxford-iiit-pet, from the project's root", min_length=1
     )
-    IMAGE_SIZE: int = Field(
-        64, ge=8, le=1024, description="side of the images in pixels; divisible by 2**DEPTH"
+    IMAGE_SIZE: int = param(64, "side of the images in pixels; divisible by 2**DEPTH", 8, 1024)
+    BASE_CHANNELS: int = param(16, "channels of the first level (the course's net has 32)", 1, 256)
+    EPOCHS: int = param(6, "passes over the training images", 1, 1000)
+    LEARNING_RATE: float = param(
+        1e-2, "its peak, or the rate itself without LINEAR_DECAY", gt=0, most=1
     )
-    BASE_CHANNELS: int = Field(
-        16, ge=1, le=256, description="channels of the first level (the course's net has 32)"
-    )
-    EPOCHS: int = Field(6, ge=1, le=1000, description="passes over the training images")
-    LEARNING_RATE: float = Field(
-        1e-2, gt=0, le=1, description="its peak, or the rate itself without LINEAR_DECAY"
-    )
-    PHOTO: str = Field(
-        "", description='image file to try the net on; "" takes the one that scikit-image ships'
-    )
-    RUN_NAME: str = Field(
-        "default", description="results go to runs/RUN_NAME; with papermill, its output's folder"
+    PHOTO: str = param("", 'image file to try the net on; "" takes the one that scikit-image ships')
+    RUN_NAME: str = param(
+        "default", "results go to runs/RUN_NAME; with papermill, its output's folder"
     )
 
-    DOWNLOAD: bool = Field(
-        False, description="download the real dataset (about 800 MB) into DATA_DIR"
+    DOWNLOAD: bool = param(False, "download the real dataset (about 800 MB) into DATA_DIR")
+    LIMIT: int = param(0, "use only this many images of each split; 0 uses all", 0)
+    SCORE_SIZE: int = param(0, "side of the masks that are scored; 0 takes IMAGE_SIZE", 0, 1024)
+    MASK_RESIZE: Literal["nearest", "bilinear"] = param(
+        "nearest", '"nearest" or, a mistake, "bilinear"'
     )
-    LIMIT: int = Field(0, ge=0, description="use only this many images of each split; 0 uses all")
-    SCORE_SIZE: int = Field(
-        0, ge=0, le=1024, description="side of the masks that are scored; 0 takes IMAGE_SIZE"
+    DEPTH: int = param(5, "levels down, and up again", 2, 7)
+    NORMS: int = param(2, "BatchNorms in each conv_plus_conv", 1, 2)
+    SKIPS: bool = param(True, "False replaces what the skip connections carry by zeros")
+    SMALL_EPOCHS: str = param(
+        "", 'first EPOCHS, at smaller sides, like "2 at 64, 3 at 128"; "" for none'
     )
-    MASK_RESIZE: Literal["nearest", "bilinear"] = Field(
-        "nearest", description='"nearest" or, a mistake, "bilinear"'
+    BATCH_SIZE: int = param(16, "images in one training step", 2, 1024)
+    MUON: bool = param(True, "train with Muon; False trains with AdamW")
+    LINEAR_DECAY: bool = param(
+        True, "warm the rate up, then let it fall to 0; False keeps it constant"
     )
-    DEPTH: int = Field(5, ge=2, le=7, description="levels down, and up again")
-    NORMS: int = Field(2, ge=1, le=2, description="BatchNorms in each conv_plus_conv")
-    SKIPS: bool = Field(True, description="False replaces what the skip connections carry by zeros")
-    SMALL_EPOCHS: str = Field(
-        "", description='first EPOCHS, at smaller sides, like "2 at 64, 3 at 128"; "" for none'
+    WEIGHT_DECAY: float = param(0.01, "how much each step shrinks the weights", 0, 1)
+    DICE_WEIGHT: float = param(0.5, "weight of the Dice loss beside cross-entropy", 0, 100)
+    AVERAGE: bool = param(True, "keep a moving average of the weights; False keeps the last ones")
+    AUGMENT: float = param(1.0, "how much to move and recolour training images; 0 for none", 0, 1)
+    FLIP: bool = param(False, "average the predictions for an image and its mirror image")
+    SEED: int = param(0, "of weights, held-out images, batches and augmentation", 0, lt=2**31)
+    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = param("auto", '"auto", "cpu", "cuda" or "mps"')
+    PRECISION: Literal["auto", "float32", "bfloat16"] = param(
+        "auto", '"auto", "float32" or "bfloat16"'
     )
-    BATCH_SIZE: int = Field(16, ge=2, le=1024, description="images in one training step")
-    MUON: bool = Field(True, description="train with Muon; False trains with AdamW")
-    LINEAR_DECAY: bool = Field(
-        True, description="warm the rate up, then let it fall to 0; False keeps it constant"
-    )
-    WEIGHT_DECAY: float = Field(
-        0.01, ge=0, le=1, description="how much each step shrinks the weights"
-    )
-    DICE_WEIGHT: float = Field(
-        0.5, ge=0, le=100, description="weight of the Dice loss beside cross-entropy"
-    )
-    AVERAGE: bool = Field(
-        True, description="keep a moving average of the weights; False keeps the last ones"
-    )
-    AUGMENT: float = Field(
-        1.0, ge=0, le=1, description="how much to move and recolour training images; 0 for none"
-    )
-    FLIP: bool = Field(
-        False, description="average the predictions for an image and its mirror image"
-    )
-    SEED: int = Field(
-        0, ge=0, lt=2**31, description="of weights, held-out images, batches and augmentation"
-    )
-    DEVICE: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description='"auto", "cpu", "cuda" or "mps"'
-    )
-    PRECISION: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description='"auto", "float32" or "bfloat16"'
-    )
-    RESUME: bool = Field(False, description="go on from the run's checkpoint, if there is one")
+    RESUME: bool = param(False, "go on from the run's checkpoint, if there is one")
 
     @model_validator(mode="after")
     def fits_together(self) -> Self:
         """Check what no single bound can say."""
         check_folder_name(self.RUN_NAME, "RUN_NAME")
         for name, least in (("LIMIT", 50), ("SCORE_SIZE", 8)):
-            if 0 < getattr(self, name) < least:
-                raise InputError(
-                    f"{name} should be 0 or at least {least}, not {getattr(self, name)}."
-                )
-        for side in {*self.small_sides, self.IMAGE_SIZE}:
+            if 0 < (value := getattr(self, name)) < least:
+                raise InputError(f"{name} should be 0 or at least {least}, not {value}.")
+        small = self.small_sides
+        for side in {*small, self.IMAGE_SIZE}:
             check_side(side, self.DEPTH)
-        if (
-            len(self.small_sides) >= self.EPOCHS
-            or max(self.small_sides, default=0) > self.IMAGE_SIZE
-        ):
+        if len(small) >= self.EPOCHS or max(small, default=0) > self.IMAGE_SIZE:
             wanted = f"name fewer epochs than {self.EPOCHS}, at sides up to {self.IMAGE_SIZE}"
             why = "the last epochs train at IMAGE_SIZE, which is scored"
             raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}: {why}.")
@@ -159,16 +126,17 @@ class Recipe(Parameters):
 
     @property
     def small_sides(self) -> list[int]:
-        """The side of the images in each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
-        parts = [
-            re.fullmatch(r"([1-9]\d{0,2}) at ([1-9]\d{0,3})", part)
-            for part in self.SMALL_EPOCHS.split(", ")
-        ]
-        if self.SMALL_EPOCHS and not all(parts):
-            raise InputError(
-                f'SMALL_EPOCHS should be like "2 at 64, 3 at 128", not {brief(self.SMALL_EPOCHS)}.'
-            )
-        return [int(part[2]) for part in parts if part for _ in range(int(part[1]))]
+        """The side of each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
+        sides = []
+        for part in self.SMALL_EPOCHS.split(", ") if self.SMALL_EPOCHS else []:
+            found = re.fullmatch(r"([1-9]\d{0,2}) at ([1-9]\d{0,3})", part)
+            if not found:
+                wanted = 'like "2 at 64, 3 at 128"'
+                raise InputError(
+                    f"SMALL_EPOCHS should be {wanted}, not {brief(self.SMALL_EPOCHS)}."
+                )
+            sides += [int(found[2])] * int(found[1])
+        return sides
 
 
 def check_side(side: int, depth: int) -> None:
@@ -183,15 +151,12 @@ def check_side(side: int, depth: int) -> None:
 
 # --------------------------------------------------------------------------------------------- data
 
-IMAGE_FILE, TRIMAP_FILE = (
-    "images/{}.jpg",
-    "annotations/trimaps/{}.png",
-)  # in the dataset's folder, by an image's name
-MAX_PIXELS = 25_000_000  # of one image, lest its prediction take more memory than all the rest
+# In the dataset's folder, by an image's name.
+IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"
 
 
 class Pets(NamedTuple):
-    """A split in memory; masks that are only scored against may have another side than the images."""
+    """A split in memory; masks that are only scored may have another side than the images."""
 
     names: list[str]  # B of them
     images: Tensor  # (B, 3, N, N) uint8
@@ -200,64 +165,57 @@ class Pets(NamedTuple):
 
 
 def breed_of(name: str) -> str:
-    """Return the breed in an image's name: 'Maine_Coon_12' -> 'Maine_Coon'. Cat breeds start with a capital."""
+    """Return the breed in an image's name: 'Maine_Coon_12' -> 'Maine_Coon', with C for cats."""
     return name.rpartition("_")[0]
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
-    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB). Errors: `InputError`."""
-    folder = ROOT / data_dir / "oxford-iiit-pet"
+    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB).
+
+    Errors: `InputError`.
+    """
+    folder = ROOT / Path(data_dir).expanduser() / "oxford-iiit-pet"
     if download:
         try:
             OxfordIIITPet(folder.parent, download=True)
-        except (
-            Exception
-        ) as error:  # of the network, the archive or the disk; a cut connection is no OSError
-            by_hand = "unpack images.tar.gz and annotations.tar.gz from www.robots.ox.ac.uk/~vgg/data/pets there"
-            why = f"{reason(error)}): check the network and try again, or {by_hand}"
-            raise InputError(f"downloading {folder} failed ({why}.") from None
+        except Exception as error:  # of the network, the archive or the disk
+            archives = "images.tar.gz and annotations.tar.gz"
+            by_hand = f"unpack {archives} from www.robots.ox.ac.uk/~vgg/data/pets there"
+            what = f"check the network and try again, or {by_hand}"
+            raise InputError(f"downloading {folder} failed ({reason(error)}): {what}.") from None
     if not os.path.isdir(folder):
-        raise InputError(
-            f"there is no dataset at {folder}: set DATA_DIR to the folder that holds it, or DOWNLOAD."
-        )
+        what = "set DATA_DIR to the folder that holds it, or DOWNLOAD"
+        raise InputError(f"there is no dataset at {folder}: {what}.")
     return folder.resolve()
 
 
 def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[str]:
-    """Return the image names of a split ('trainval' or 'test'), all or `limit` of them drawn by
-    `seed`, sorted.
+    """Return the image names of a split ('trainval' or 'test'), sorted: all, or `limit` drawn.
 
-    The split file decides, not the folder: the real one holds pictures that no split lists. Errors:
-    `InputError` for a split file without names, a name that the other split has, too, and a name
-    without image or trimap.
+    The split file decides, not the folder: the real one holds pictures that no split lists.
+    Errors: `InputError` for a split file without names, a name that the other split has, too,
+    and a name without image or trimap.
     """
     path = folder / "annotations" / f"{split}.txt"
     names = read_names(path) if path.is_file() else {}
     if not names:
-        raise InputError(
-            f"{path} is missing or names no images: extract the dataset's annotations again."
-        )
+        what = "is missing or names no images: extract the dataset's annotations again"
+        raise InputError(f"{path} {what}.")
     other = path.with_name("test.txt" if split == "trainval" else "trainval.txt")
     others = read_names(other) if other.is_file() else {}
     for name in names.keys() & others.keys():
         lines = f"{path} has in line {names[name]} what {other} has in line {others[name]}"
-        raise InputError(
-            f"{lines}, {name}: an image must not be in two splits, so remove one line."
-        )
-    files = {
-        pattern.format(name): line
-        for name, line in names.items()
-        for pattern in (IMAGE_FILE, TRIMAP_FILE)
-    }
+        what = "an image must not be in two splits, so remove one line"
+        raise InputError(f"{lines}, {name}: {what}.")
+    kinds = (IMAGE_FILE, TRIMAP_FILE)
+    files = {kind.format(name): line for name, line in names.items() for kind in kinds}
     missing = [file for file in files if not os.path.isfile(folder / file)]
     if missing:
         first = f"{missing[0]} of line {files[missing[0]]}"
-        raise InputError(
-            f"{path} names {len(missing)} files that are not there, first {first}: extract them."
-        )
-    return sorted(
-        np.random.default_rng(seed).permutation(list(names))[:limit].tolist() if limit else names
-    )
+        what = f"names {len(missing)} files that are not there, first {first}: extract them"
+        raise InputError(f"{path} {what}.")
+    drawn = np.random.default_rng(seed).permutation(list(names)).tolist()
+    return sorted(drawn[: limit or None])
 
 
 def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -274,78 +232,6 @@ def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[li
     return [name for name in names if name not in held], [name for name in names if name in held]
 
 
-def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Image.Image:
-    """Decode an image file of any format, turned the way its camera noted, as RGB or as it is.
-
-    `paired` says that a trimap belongs to it, whose size has to show that it was turned, too.
-    Errors: `InputError`.
-    """
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(
-                    f"its {file.width} x {file.height} pixels are more than {MAX_PIXELS:,}"
-                )
-            if rgb and file.mode.startswith(
-                ("I", "F")
-            ):  # Pillow would clip them to white, or to black
-                raise ValueError(f"its mode {file.mode} has more than 8 bits a channel")
-            turn = (
-                file.getexif().get(0x112, 1) if paired else 1
-            )  # from 5 on, width and height are exchanged
-            if turn in (2, 3, 4) or (turn > 4 and file.width == file.height):
-                raise ValueError(
-                    "it is to be shown turned, and nothing tells whether its trimap is turned, too"
-                )
-            image = ImageOps.exif_transpose(file)
-    except Exception as error:  # Pillow's decoders have many ways to fail on a damaged file
-        why = reason(error).removesuffix(f" {str(path)!r}")
-        raise InputError(
-            f"{path} cannot be decoded ({why}): replace it by an intact image file."
-        ) from None
-    if rgb and image.mode == "P":
-        image = image.convert(
-            "RGBA"
-        )  # a palette with transparency converts straight to RGB only with a warning
-    return image.convert("RGB") if rgb else image
-
-
-def open_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
-    """Decode an image and its trimap, which has the image's size, 8 bits and only 1, 2, 3. Errors: `InputError`."""
-    image = open_image(folder / IMAGE_FILE.format(name), paired=True)
-    path = folder / TRIMAP_FILE.format(name)
-    trimap = open_image(path, rgb=False)
-    if trimap.mode != "L":
-        raise InputError(
-            f"{path} has the mode {trimap.mode}, but a trimap has one channel of 8 bits: replace it."
-        )
-    if trimap.size != image.size:
-        raise InputError(
-            f"{path} is {trimap.size} pixels large but its image is {image.size}: replace it."
-        )
-    strangers = {value for value, count in enumerate(trimap.histogram()) if count} - {1, 2, 3}
-    if strangers:
-        raise InputError(
-            f"{path} holds the value {min(strangers)}, but a trimap holds only 1, 2 and 3: replace it."
-        )
-    return image, trimap
-
-
-def check_files(folder: Path, names: list[str]) -> None:
-    """Raise `InputError` that tells of all files that are unusable, of `names` and of both splits together."""
-    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
-    faults = []
-    for name in tqdm(every, "check all images", leave=False):
-        try:
-            open_pair(folder, name)
-        except InputError as error:
-            faults.append(str(error).rstrip("."))
-    if faults:
-        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
-        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
-
-
 @memory_told()
 def load_pets(
     folder: Path,
@@ -356,27 +242,26 @@ def load_pets(
     mask_side: int = 0,
     resize: str = "nearest",
 ) -> Pets:
-    """Decode every image and trimap once, in parallel, into memory; `mask_side` is `side` unless
-    given.
+    """Decode every image and trimap once, in parallel, into memory.
 
-    `resize` "bilinear" makes the mistake of mixing labels, to show its price. Errors: `InputError`.
+    `mask_side` is `side` unless given. `resize` "bilinear" makes the mistake of mixing labels, to
+    show its price. Errors: `InputError`.
     """
     mask_side = mask_side or side
     images = torch.empty(len(names), 3, side, side, dtype=torch.uint8)
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        image, trimap = open_pair(folder, names[index])
-        # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and
+        image, trimap = load_pair(folder, names[index])
+        # Pillow's bilinear filter is antialiased. A trimap's values are names, not amounts, and
         # must never be mixed.
-        images[index] = v2.functional.pil_to_tensor(
-            image.resize((side, side), Image.Resampling.BILINEAR)
-        )
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
         trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])
+        images[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         masks[index] = torch.from_numpy(np.array(trimap)) - 1  # 1, 2, 3 -> 0, 1, 2
 
     try:
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             list(tqdm(pool.map(fill, range(len(names))), title, len(names), leave=False))
     except InputError:
         check_files(folder, names)  # one is bad: tell of all at once
@@ -384,26 +269,63 @@ def load_pets(
     return Pets(names, images, masks, folder)
 
 
-def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Flip, move and recolour each image and move its mask along, by torch's global random
-    generator.
+def load_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
+    """Decode an image of a dataset and its trimap, as they are. Errors: `InputError`."""
+    return open_pair(folder / IMAGE_FILE.format(name), folder / TRIMAP_FILE.format(name))
 
-    `strength` scales moves and colours. Pixels from outside the photo are grey, labelled `IGNORE`;
-    shapes, dtypes stay.
+
+def check_files(folder: Path, names: list[str]) -> None:
+    """Raise `InputError` that tells of all unusable files, of `names` and of both splits."""
+    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
+    faults = []
+    for name in tqdm(every, "check all images", leave=False):
+        try:
+            load_pair(folder, name)
+        except InputError as error:
+            faults.append(str(error).rstrip("."))
+    if faults:
+        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
+
+
+def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Flip, move and recolour each image of a batch, and move its mask along, on their device.
+
+    Half of the images are mirrored. `strength` scales the rest: turns of up to 10 degrees, shifts
+    of up to 5 % of the side, sizes from 80 to 125 %, colours as in `recolour`. Pixels from outside
+    the photo are grey, labelled `IGNORE`. Shapes and dtypes stay. All is drawn by torch's global
+    generator, on the CPU, so that a resumed run draws the same.
     """
-    fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
-    turn, shift, zoom = 10 * strength, 0.05 * strength, (1 - 0.2 * strength, 1 + 0.25 * strength)
-    move = v2.RandomAffine(
-        turn, (shift, shift), zoom, interpolation=v2.InterpolationMode.BILINEAR, fill=fill
-    )
-    transform = v2.Compose([v2.RandomHorizontalFlip(), move, v2.ColorJitter(*[0.2 * strength] * 3)])
-    # A plain tensor beside an image would pass through untouched: only a tv_tensors.Mask moves
-    # along, by nearest.
-    pairs = [
-        transform(tv_tensors.Image(i), tv_tensors.Mask(m))
-        for i, m in zip(images, masks, strict=True)
-    ]
-    return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
+    count = len(images)
+    mirror = 1 - 2 * torch.randint(2, (count,))
+    angle = torch.empty(count).uniform_(-10, 10).deg2rad() * strength
+    size = 1 + torch.empty(count).uniform_(-0.2, 0.25) * strength
+    shift = torch.empty(count, 2, 1).uniform_(-0.1, 0.1) * strength  # from -1 to 1 is a side
+    cos, sin = angle.cos() / size, angle.sin() / size
+    turn = torch.stack([mirror * cos, mirror * sin, -sin, cos], dim=1).view(count, 2, 2)
+    # Where in the photo, from -1 to 1, each pixel of the result comes from: (B, N, N, 2).
+    source = torch.cat([turn, turn @ shift], dim=2).to(images.device)
+    grid = F.affine_grid(source, list(images.shape), align_corners=False)
+
+    def move(pixels: Tensor, outside: int, mode: str) -> Tensor:
+        moved = F.grid_sample(pixels.float() - outside, grid, mode, align_corners=False)
+        return moved + outside  # for grid_sample fills with zeros
+
+    moved = recolour(move(images, 127, "bilinear"), strength)
+    labels = move(masks.unsqueeze(1), IGNORE, "nearest").squeeze(1)  # labels must never be mixed
+    return moved.to(images.dtype), labels.to(masks.dtype)
+
+
+def recolour(images: Tensor, strength: float) -> Tensor:
+    """Change brightness, contrast and saturation of images (B, 3, N, N), each by up to 20 %."""
+    factors = 1 + torch.empty(3, len(images), 1, 1, 1).uniform_(-0.2, 0.2) * strength
+    brightness, contrast, saturation = factors.to(images.device)
+    weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # of luma, ITU-R BT.601
+    grey = (weights * images).sum(dim=1, keepdim=True)  # (B, 1, N, N)
+    images = torch.lerp(grey, images, saturation)
+    images = torch.lerp(grey.mean(dim=(2, 3), keepdim=True), images, contrast)
+    return images.mul_(brightness).round_().clamp_(0, 255)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -426,8 +348,7 @@ def conv_plus_conv(in_channels: int, out_channels: int, norms: int = 2) -> nn.Se
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> logits (B,
-    num_classes, N, N).
+    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> (B, K, N, N) logits.
 
     Going down, every level halves the side and doubles the channels. Going up, every level doubles
     the side again and concatenates the skip: the tensor of the same side that was kept on the way
@@ -449,33 +370,26 @@ class UNet(nn.Module):
         self.norms, self.skips = norms, skips
         channels = [base_channels * 2**level for level in range(depth)]  # b, 2b, 4b, ...
         self.downs = nn.ModuleList(map(conv_plus_conv, [3, *channels], channels, repeat(norms)))
-        self.pools = nn.ModuleList(nn.MaxPool2d(2) for _ in channels)
         self.bottleneck = conv_plus_conv(channels[-1], channels[-1], norms)
-        self.upsamples = nn.ModuleList(
-            nn.Upsample(scale_factor=2, mode="nearest") for _ in channels
-        )
-        # The upsampled tensor and the skip have as many channels each, so the concatenation doubles
-        # them: 2c go in.
+        # The upsampled tensor and the skip have c channels each: together 2c go in. As many come
+        # out as the level above keeps; the top level gives b.
         inputs = [2 * c for c in reversed(channels)]
-        outputs = [
-            *channels[-2::-1],
-            base_channels,
-        ]  # as many as the level above keeps; the top level gives b
+        outputs = [*channels[-2::-1], base_channels]
         self.ups = nn.ModuleList(map(conv_plus_conv, inputs, outputs, repeat(norms)))
         self.out = nn.Conv2d(base_channels, num_classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, num_classes, N, N) for images (B, 3, N, N). Errors: as in `check_side`."""
+        """Return logits (B, K, N, N) for images (B, 3, N, N). Errors: as in `check_side`."""
         for side in x.shape[-2:]:
             check_side(side, self.depth)
         kept = []
-        for down, pool in zip(self.downs, self.pools, strict=True):
+        for down in self.downs:
             x = down(x)
             kept.append(x if self.skips else torch.zeros_like(x))
-            x = pool(x)  # (B, c, n, n) -> (B, c, n/2, n/2)
+            x = F.max_pool2d(x, kernel_size=2)  # (B, c, n, n) -> (B, c, n/2, n/2)
         x = self.bottleneck(x)
-        for upsample, up in zip(self.upsamples, self.ups, strict=True):
-            x = upsample(x)  # (B, c, n, n) -> (B, c, 2n, 2n)
+        for up in self.ups:
+            x = F.interpolate(x, scale_factor=2)  # (B, c, n, n) -> (B, c, 2n, 2n), nearest
             x = torch.cat((x, kept.pop()), dim=1)  # (B, c, n, n) twice -> (B, 2c, n, n)
             x = up(x)  # (B, 2c, n, n) -> (B, c/2, n, n); at the top (B, c, n, n)
         return self.out(x)
@@ -485,18 +399,16 @@ class UNet(nn.Module):
 
 
 class Step(NamedTuple):
-    """One step of the U-Net's forward pass for one image; shapes are (channels, side)."""
+    """One step of a net's forward pass for one image; shapes are (channels, side)."""
 
     name: str
     level: int  # 0 at the top; at level k the side is N / 2**k
     formula: str  # in N, the image side, and b, the base channels
-    predicted: tuple[int, float]
-    traced: tuple[int, int] | None  # None: the forward pass did not get here
+    predicted: tuple[int, float] | None  # None: the net is no U-Net of this plan
+    traced: tuple[int, int] | None  # None: the forward pass did not get here, or went another way
     parameters: int
-    flops: (
-        int  # of the convolutions, 2 per multiply-add; normalisation and activation are under 1 %
-    )
-    receptive_field: int  # side in input pixels of what one output pixel can depend on
+    flops: int  # of the convolutions, 2 per multiply-add; all else is under 1 %
+    receptive_field: int | None  # side in input pixels of what one output pixel can depend on
 
     @property
     def agrees(self) -> bool:
@@ -506,60 +418,140 @@ class Step(NamedTuple):
     @property
     def row(self) -> dict[str, object]:
         """The step as a row for `html_table`; the output's KiB are those of float32."""
-        predicted, traced = (
-            f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "not reached" for s in self[3:5]
-        )
-        kib = 4 * self.predicted[0] * self.predicted[1] ** 2 / 1024
+        told = [f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "" for s in self[3:5]]
+        channels, side = self.predicted or self.traced or (0, 0)
         return {
-            "step": self.name, "formula": self.formula, "predicted": predicted, "traced": traced,
-            "agree": "✓" if self.agrees else "✗", "parameters": f"{self.parameters:,}",
-            "MFLOP": f"{self.flops / 1e6:,.1f}", "output KiB": f"{kib:,.0f}", "receptive field": self.receptive_field,
-        }  # fmt: skip
+            "step": self.name,
+            "formula": self.formula,
+            "predicted": told[0],
+            "traced": told[1] or "not reached",
+            "agree": "" if not self.predicted else "✓" if self.agrees else "✗",
+            "parameters": f"{self.parameters:,}",
+            "MFLOP": f"{self.flops / 1e6:,.1f}",
+            "output KiB": f"{4 * channels * side**2 / 1024:,.0f}",
+            "receptive field": self.receptive_field or "",
+        }
 
 
 def plan(b: int, depth: int, num_classes: int) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
-    """Yield name, level, output channels and operations of every step, in the order of the forward pass."""
+    """Yield name, level, output channels and operations of every step, in the pass's order."""
     for level in range(depth):
         yield f"down{level + 1}", level, b * 2**level, ("conv3", "conv3")
         yield f"pool{level + 1}", level + 1, b * 2**level, ("pool",)
     yield "bottleneck", depth, b * 2 ** (depth - 1), ("conv3", "conv3")
     for level in reversed(range(depth)):
         yield f"upsample{level + 1}", level, b * 2**level, ("upsample",)
-        yield f"concat{level + 1}", level, 2 * b * 2**level, ()
+        yield f"concat{level + 1}", level, 2 * b * 2**level, ("cat",)
         yield f"up{level + 1}", level, b * 2 ** max(level - 1, 0), ("conv3", "conv3")
     yield "out", 0, num_classes, ("conv1",)
 
 
-def analyse_shapes(model: UNet, side: int) -> list[Step]:
-    """Return one `Step` for each step of the forward pass, predicted by formula and traced with forward hooks."""
-    traced = trace_shapes(model, side)
+OPERATIONS = {  # the plan's: as the trace calls them, their kernel, what to say if one is missing
+    "conv3": ("convolution", 3, "{step} has too few convolutions: planned are two"),
+    "pool": ("pooling", 0, "no pooling on level {level}: the side isn't halved after {{before}}"),
+    "upsample": ("upsampling", 0, "no upsampling on level {level}: the side isn't doubled"),
+    "cat": ("concatenation", 0, "no concatenation on level {level}: the skip is missing"),
+    "conv1": ("convolution", 1, "no 1 x 1 convolution at the end, after {{before}}"),
+}
+CHANNELS = {  # why a step gives as many as it does
+    "down": "each level down doubles them, from b",
+    "bottleneck": "the bottleneck keeps them",
+    "concat": "the skip has as many as what was upsampled",
+    "up": "each level up halves them, down to b",
+    "out": "one for each class",
+}
+
+
+def sizes_of(model: nn.Module, seen: list[Operation], stopped: str) -> dict[str, int]:
+    """Return base channels, depth and classes: the net's attributes, or else as it looks."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    depth = sum(operation.kind == "pooling" for operation in seen)
+    if stopped:  # perhaps on the way down: a level has four convolutions
+        depth = round((len(convolutions) - 3) / 4)
+    first = convolutions[0].out_channels if convolutions else 1
+    looks = {"base_channels": first, "depth": max(depth, 1), "num_classes": len(CLASSES)}
+    own = {name: getattr(model, name) for name in looks if hasattr(model, name)}
+    return looks | own
+
+
+def operations_of(steps: list[tuple], side: int) -> list[Planned]:
+    """Return the operations of the plan's steps, each with what to say where it isn't there."""
+    planned = []
+    for name, level, out, operations in steps:
+        step = name.rstrip("0123456789")
+        for number, operation in enumerate(operations, 1):
+            kind, kernel, missing = OPERATIONS[operation]
+            planned.append(
+                Planned(
+                    f"convolution {number} of {name}" if operation == "conv3" else name,
+                    kind,
+                    (out, side / 2**level),
+                    kernel,
+                    missing.format(step=name, level=name.removeprefix(step)),
+                    CHANNELS.get(step, ""),
+                )
+            )
+    return planned
+
+
+def line_up(
+    model: nn.Module, side: int, given: dict[str, int]
+) -> tuple[list[tuple], list[Planned], list[Operation], str]:
+    """Return the plan's steps, their operations, those that are seen, and why they stop.
+
+    Nothing is planned for a net whose operations are too unlike this U-Net's.
+    """
+    seen, stopped = trace_shapes(model, side)
+    steps = list(plan(*(sizes_of(model, seen, stopped) | given).values()))
+    planned = operations_of(steps, side)
+    expected = planned[: len(seen)] if stopped else planned
+    alike = SequenceMatcher(None, [p.kind for p in expected], [s.kind for s in seen]).ratio() > 0.7
+    return steps if alike else [], planned, seen, stopped
+
+
+def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
+    """Return a `Step` for each step of the forward pass, predicted by formula and traced.
+
+    `given` may say base_channels, depth and num_classes. A net that is no U-Net of this plan has
+    its traced operations as steps, without a prediction.
+    """
+    rows, planned, seen, _ = line_up(model, side, given)
+    if not rows:
+        return [
+            Step(f"{one.kind} {i}", 0, "", None, one.gives, one.parameters, one.flops, None)
+            for i, one in enumerate(seen, 1)
+        ]
+    pairs = takewhile(lambda pair: fits(*pair), zip(planned, seen, strict=False))
+    outputs = [operation.gives for _, operation in pairs]
     steps: list[Step] = []
     channels = 3  # that go into the next convolution
     path: list[str] = []  # all operations from the image to here
-    for name, level, out, operations in plan(model.base_channels, model.depth, model.num_classes):
-        path += operations
-        parameters = (
-            model.norms * 2 * out if "conv3" in operations else 0
-        )  # a BatchNorm's scale and shift by channel
+    for name, level, out, operations in rows:
+        shape = (out, side / 2**level)
+        # A BatchNorm has a scale and a shift for each channel.
+        parameters = getattr(model, "norms", 2) * 2 * out if "conv3" in operations else 0
         flops = 0
         for operation in operations:
-            if operation.startswith("conv"):
-                weights = int(operation[-1]) ** 2 * channels * out
+            if kernel := OPERATIONS[operation][1]:
+                weights = kernel**2 * channels * out
                 parameters += weights + out  # and a bias for every output channel
-                flops += int(2 * weights * (side / 2**level) ** 2)
+                flops += int(2 * weights * shape[1] ** 2)
             channels = out
-        channels = out
+        own = outputs[len(path) : len(path) + len(operations)]
+        parted = (gives for gives in own if gives != shape)
+        traced = next(parted, own[-1] if len(own) == len(operations) else None)
+        path += operations
         size = f"N/{2**level}" if level else "N"
-        multiple = out // model.base_channels
+        multiple = out // rows[0][2]
         times = str(out) if name == "out" else f"{multiple}b" if multiple > 1 else "b"
-        shapes = (f"{size} × {size} × {times}", (out, side / 2**level), traced.get(name))
-        steps.append(Step(name, level, *shapes, parameters, flops, receptive_field(path)))
+        formula = f"{size} × {size} × {times}"
+        field = receptive_field(path)
+        steps.append(Step(name, level, formula, shape, traced, parameters, flops, field))
     return steps
 
 
 def receptive_field(path: list[str]) -> int:
-    """Return the side, in input pixels, of what one pixel after the operations of `path` can depend
-    on.
+    """Return the side, in input pixels, of what a pixel after the operations of `path` depends on.
 
     Counted from that pixel back to the image: a 3 x 3 convolution needs two pixels more in a row
     than it gives, a 2 x 2 pooling twice as many, and w upsampled pixels come from at most w // 2 +
@@ -567,44 +559,29 @@ def receptive_field(path: list[str]) -> int:
     """
     width = 1
     for operation in reversed(path):
-        width = {"conv3": width + 2, "conv1": width, "pool": 2 * width, "upsample": width // 2 + 1}[
-            operation
-        ]
+        before = {"conv3": width + 2, "pool": 2 * width, "upsample": width // 2 + 1}
+        width = before.get(operation, width)
     return width
 
 
-def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
-    """Run one image through a copy of the model and note what every step puts out: {name:
-    (channels, side)}.
+def diagnose(model: nn.Module, side: int, **given: int) -> str:
+    """Say in a sentence where a net first parts from the plan, and why; "" if it doesn't.
 
-    The copy lies on torch's meta device, which knows shapes but computes nothing, so any size is
-    free. A model whose shapes don't fit yields the steps before the one that failed.
+    `given` is that of `analyse_shapes`.
     """
-    model = deepcopy(model).to("meta").eval()
-    traced: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        traced[name] = (x.shape[1], x.shape[3])
-
-    for level in range(1, model.depth + 1):
-        steps = {"down": model.downs[level - 1], "pool": model.pools[level - 1]}
-        steps |= {"upsample": model.upsamples[-level], "up": model.ups[-level]}
-        for kind, module in steps.items():
-            module.register_forward_hook(
-                lambda _m, _inputs, x, name=f"{kind}{level}": note(name, x)
-            )
-        model.ups[-level].register_forward_pre_hook(
-            lambda _m, inputs, name=f"concat{level}": note(name, inputs[0])
-        )
-    for name in ("bottleneck", "out"):
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, _inputs, x, name=name: note(name, x)
-        )
-    # No side is refused: one that doesn't fit goes as far as it can, and what is missing shows
-    # where it failed.
-    with suppress(RuntimeError), patch.dict(globals(), check_side=lambda *_: None):
-        model(torch.empty(1, 3, side, side, device="meta"))
-    return traced
+    rows, planned, seen, stopped = line_up(model, side, given)
+    if not rows:
+        return "this net is no U-Net of this plan: only its trace can be shown."
+    depth = max(level for _, level, *_ in rows)
+    halves = (side & -side).bit_length() - 1  # how often 2 divides the side
+    if halves < depth:
+        often = ["not even once", "once only", "twice only", f"{halves} times only"][min(halves, 3)]
+        return f"the sides part at level {halves + 1}: {side} can be halved {often}."
+    levels = [sum(one.kind == kind for one in seen) for kind in ("pooling", "upsampling")]
+    if levels[0] == levels[1] != depth and not stopped:
+        many = "many" if levels[0] > depth else "few"
+        return f"the net has {levels[0]} levels, planned are {depth}: too {many}."
+    return first_fault(planned, seen, stopped)
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -648,96 +625,21 @@ def scores(matrix: Tensor) -> dict:
     }
 
 
-# --------------------------------------------------------------------------------------- run folder
-
-
-def open_run(recipe: Recipe) -> Path:
-    """Return the run's folder, runs/RUN_NAME, to which this process alone may write until it ends.
-
-    Errors: `InputError` if another does, or if the disk is too full for the run or can't be written
-    to.
-    """
-    folder = ROOT / "runs" / recipe.RUN_NAME
-    own_folder(folder, room_for(recipe))
-    return folder
-
-
-def save_weights(path: Path, model: UNet) -> None:
-    """Write the model's weights in float16, which halves the file and changes hardly any label.
-
-    Whole numbers stay as they are, and so does what float16 can't hold: a BatchNorm's variance may
-    be above 65,504.
-    """
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    halved = {
-        n: t.half()
-        for n, t in weights.items()
-        if t.is_floating_point() and t.half().isfinite().all()
-    }
-    save_tensors(path, weights | halved)
-
-
-def load_weights(path: Path, model: UNet) -> None:
-    """Load what `save_weights` wrote into a model of the same architecture. Errors: `InputError`."""
-    try:
-        model.load_state_dict(load_tensors(path))
-    except (RuntimeError, TypeError, AttributeError):
-        raise InputError(
-            f"{path} is damaged, or holds the weights of another architecture: train again."
-        ) from None
-
-
 def save_run(
     folder: Path, metrics: dict, history: list[dict], scored: dict[str, tuple[Pets, Tensor]]
 ) -> None:
-    """Write `history.csv`, `images.csv` and, last, `metrics.json`: its being there says that the
-    run is complete.
+    """Write a run's results: its history, the counts of every image, and `metrics.json` last.
 
     `scored` has the images of a split and what `evaluate` counted, (B, K, K), by the split's name.
     """
-    counts = [f"{true}_as_{predicted}" for true in CLASSES for predicted in CLASSES]
-    images = [
-        {
-            "split": split,
-            "name": name,
-            "breed": breed_of(name),
-            **dict(zip(counts, row, strict=True)),
-        }
-        for split, (pets, matrices) in scored.items()
-        for name, row in zip(pets.names, matrices.flatten(1).tolist(), strict=True)
-    ]
-    splits = {split: {**scores(m.sum(0)), "images": len(m)} for split, (_, m) in scored.items()}
-    code = [Path(__file__), *sorted((ROOT / "support").glob("*.py"))]
-    versions = {"torch": torch.__version__, **{file.stem: git_name(file) for file in code}}
-    text = json.dumps({**metrics, **splits, "versions": versions}, indent=2) + "\n"
-    write_csv(folder / "history.csv", history)
-    write_csv(folder / "images.csv", images)
-    write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
-
-
-def read_run(folder: Path) -> dict:
-    """Return what `save_run` wrote, with the run's `name`. Errors: `InputError` if the folder holds no complete run."""
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        history = csv.DictReader((folder / "history.csv").read_text().splitlines())
-        images = (
-            (folder / "images.csv").read_text().splitlines()
-            if (folder / "images.csv").exists()
-            else []
-        )
-        numbers = [{key: float(text) for key, text in row.items()} for row in history]
-        if not numbers:
-            raise ValueError("history.csv has no rows")
-        return {
-            "name": folder.name,
-            **metrics,
-            "history": numbers,
-            "images": list(csv.DictReader(images)),
-        }
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"there is no complete run in {folder} ({error}): make the run again."
-        ) from None
+    splits, images = {}, []
+    pairs = [f"{true}_as_{predicted}" for true in CLASSES for predicted in CLASSES]
+    for split, (pets, matrices) in scored.items():
+        splits[split] = {**scores(matrices.sum(0)), "images": len(matrices)}
+        for name, matrix in zip(pets.names, matrices, strict=True):
+            counts = dict(zip(pairs, matrix.flatten().tolist(), strict=True))
+            images.append({"split": split, "name": name, "breed": breed_of(name), **counts})
+    write_run(folder, {**metrics, **splits}, history, images)
 
 
 def load_net(folder: Path) -> tuple[UNet, Recipe]:
@@ -772,27 +674,23 @@ def predict(
     size: tuple[int, int] | None = None,
     flip: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the most probable label of every pixel, (B, H, W) uint8, and its probability, (B, H,
-    W) float32.
+    """Return the most probable label of every pixel and its probability, in batches of 32.
 
-    The logits are brought to `size` (H, W), that of the images unless given, bilinearly. `flip`
+    Shapes: images (B, 3, N, N); labels (B, H, W) uint8 and probabilities (B, H, W) float32. The
+    logits are brought to `size` (H, W), that of the images unless given, bilinearly. `flip`
     averages the probabilities with those of the mirrored images.
     """
     size = tuple(size or images.shape[2:])
     model.eval()
 
-    def probabilities(batch: Tensor) -> Tensor:
-        return F.interpolate(run_model(model, batch, precision), size, mode="bilinear").softmax(
-            dim=1
-        )  # (B, K, H, W)
+    def probabilities(batch: Tensor) -> Tensor:  # (B, K, H, W)
+        logits = run_model(model, batch, precision)
+        return F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
 
-    labels, confidences = (
-        torch.empty(len(images), *size, dtype=torch.uint8),
-        torch.empty(len(images), *size),
-    )
-    for start in tqdm(
-        range(0, len(images), 32), "predict", delay=2 if len(images) > 32 else math.inf, leave=False
-    ):
+    labels = torch.empty(len(images), *size, dtype=torch.uint8)
+    confidences = torch.empty(len(images), *size)
+    delay = 2 if len(images) > 32 else math.inf
+    for start in tqdm(range(0, len(images), 32), "predict", delay=delay, leave=False):
         part = slice(start, start + 32)
         likely = probabilities(images[part])
         if flip:
@@ -803,12 +701,11 @@ def predict(
 
 @memory_told()
 def evaluate(model: nn.Module, pets: Pets, precision: torch.dtype, *, flip: bool = False) -> Tensor:
-    """Return the confusion matrix of every image of `pets`, (B, K, K) int64; their sum is that of
-    the whole split.
+    """Return the confusion matrix of every image of `pets`, (B, K, K) int64.
 
-    Batches are counted and forgotten: to keep the predictions for the test split at 1,024 px would
-    take 19 GB.
+    Batches are counted and forgotten: the predictions for the test split at 1,024 px take 19 GB.
     """
+    keep_freed_memory()
     matrices = [torch.zeros(0, len(CLASSES), len(CLASSES), dtype=torch.int64)]
     batches = list(zip(pets.images.split(32), pets.masks.split(32), strict=True))
     for images, masks in tqdm(batches, "score", delay=2, leave=False):
@@ -826,26 +723,16 @@ def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -
     """
     cross_entropy = F.cross_entropy(logits, masks, ignore_index=IGNORE)
     known = (masks != IGNORE).unsqueeze(1)  # (B, 1, N, N)
-    truth = (
-        F.one_hot(masks.where(masks != IGNORE, 0), logits.shape[1]).permute(0, 3, 1, 2) * known
-    )  # (B, K, N, N)
+    labels = masks.where(masks != IGNORE, 0)
+    truth = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2) * known  # (B, K, N, N)
     probabilities = logits.softmax(dim=1) * known
     overlap = (probabilities * truth).sum(dim=(0, 2, 3))  # (K,)
     total = (probabilities + truth).sum(dim=(0, 2, 3))
     return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
 
 
-HISTORY = (
-    "epoch",
-    "train_loss",
-    "valid_pixel_accuracy",
-    "valid_mean_iou",
-    "seconds",
-)  # what an epoch leaves
-
-
 class Training(NamedTuple):
-    """All that changes during a training, and so what a checkpoint holds, beside the recipe and the history."""
+    """All that changes during a training, and so what a checkpoint holds, beside the history."""
 
     model: nn.Module
     average: AveragedModel
@@ -854,7 +741,7 @@ class Training(NamedTuple):
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
-        """Return the model with its average, its optimiser and the schedule of the learning rate for so many steps."""
+        """Return the model with its average, its optimiser, and the rate's schedule over all steps."""
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
             precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
@@ -866,56 +753,14 @@ class Training(NamedTuple):
             done = (step + 1) / (total_steps + 1)
             return min(done / 0.1, (1 - done) / 0.9) if recipe.LINEAR_DECAY else 1
 
-        def moving_average(
-            averages: list[Tensor], currents: list[Tensor], updates: Tensor | int
-        ) -> None:
+        def moving_average(averages: list[Tensor], currents: list[Tensor], updates: int) -> None:
             longest = 0.99 if recipe.AVERAGE else 0
-            decay = min(
-                longest, (1 + int(updates)) / (10 + int(updates))
-            )  # less at first, to forget the start
+            decay = min(longest, (1 + int(updates)) / (10 + int(updates)))  # soon forgets the start
             for average, current in zip(averages, currents, strict=True):
                 average.lerp_(current, 1 - decay)
 
         average = AveragedModel(model, multi_avg_fn=moving_average)
         return cls(model, average, optimizer, LambdaLR(optimizer, share_of_peak))
-
-    def save(self, path: Path, identity: dict, history: list[dict]) -> None:
-        """Write a checkpoint: all that going on needs."""
-        parts = {name: part.state_dict() for name, part in self._asdict().items()}
-        save_tensors(path, {**parts, "recipe": identity, "history": history})
-
-    def load(self, path: Path, identity: dict) -> list[dict]:
-        """Read a checkpoint of the same training and return its history. Errors: `InputError`."""
-        saved = load_tensors(path)
-        try:
-            theirs = saved["recipe"]
-            other = [
-                f"{key} {theirs.get(key)}, not {own}"
-                for key, own in identity.items()
-                if theirs.get(key) != own
-            ]
-            if other:
-                raise InputError(
-                    f"{path} is of another run, with {'; '.join(other)}: set RESUME to False, or these."
-                )
-            history = saved["history"]
-            numbers = [[float(row[column]) for column in HISTORY] for row in history]
-            if [row[0] for row in numbers] != list(range(1, len(numbers) + 1)):
-                raise ValueError("the epochs are not numbered from 1")
-            for name, part in self._asdict().items():
-                if saved[name].keys() != part.state_dict().keys():
-                    raise KeyError(name)
-                part.load_state_dict(saved[name])
-            for parameter, state in self.optimizer.state.items():
-                if {tensor.shape for tensor in state.values() if tensor.ndim} != {parameter.shape}:
-                    raise ValueError("the optimiser is that of other weights")
-            return history
-        except InputError:
-            raise
-        except (
-            Exception
-        ):  # anything may be missing or of a wrong type in a file that somebody else made
-            raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
 
 
 @memory_told()
@@ -926,8 +771,7 @@ def train(
     recipe: Recipe,
     checkpoint: Path | None = None,
 ) -> list[dict]:
-    """Train `model` in place, on its device, by `recipe`, and return the history: one dict per
-    epoch.
+    """Train `model` in place, on its device, by `recipe`; return the history, a dict per epoch.
 
     What is validated, and is in `model` at the end, is the moving average of the weights. After
     every epoch the state goes to `checkpoint`; with RESUME training goes on from there, on a CPU
@@ -936,46 +780,29 @@ def train(
     that is damaged or of another training, and an interrupt.
     """
     check_run(recipe, train=train_pets.names, valid=valid_pets.names)
-    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
-    # Units for bfloat16 want all channels of a pixel side by side in memory; float32 is faster
-    # without on AVX2.
-    model.to(
-        memory_format=torch.channels_last
-        if precision == torch.bfloat16
-        else torch.contiguous_format
-    )
-    keep_freed_memory()
-    identity = identify(recipe, precision, train_pets, valid_pets)
-    first = deepcopy(model.state_dict())
-    training = Training.start(
-        model, recipe, recipe.EPOCHS * count_steps(len(train_pets.names), recipe.BATCH_SIZE)
-    )
-    history = []
-    try:
+    prepare(model, recipe)
+    identity = identify(model, train_pets, valid_pets, recipe)
+    steps = recipe.EPOCHS * count_steps(len(train_pets.names), recipe.BATCH_SIZE)
+    history: list[dict] = []
+    with undone_if_stopped(model, recipe, checkpoint, history):
+        training = Training.start(model, recipe, steps)
         if checkpoint and checkpoint.exists():
-            going_on = recipe.RESUME or getattr(model, "interrupted", None) == recipe
-            history += training.load(checkpoint, identity) if going_on else set_aside(checkpoint)
+            if recipe.RESUME or getattr(model, "interrupted", None) == recipe:
+                history += load_checkpoint(checkpoint, training._asdict(), identity)
+            else:
+                set_aside(checkpoint)
         for row in epochs(training, train_pets, valid_pets, recipe, len(history)):
             history.append(row)
             if checkpoint:
-                training.save(checkpoint, identity, history)
-    except (KeyboardInterrupt, InputError) as error:
-        model.load_state_dict(first)  # so that the same call can be made again
-        model.interrupted = recipe
-        if isinstance(error, InputError):
-            raise
-        kept = f"{checkpoint} keeps {len(history)}" if checkpoint and history else "none was kept"
-        how = "run this cell again to go on, or the notebook with RESUME True"
-        raise InputError(f"interrupted: of {recipe.EPOCHS} epochs, {kept}: {how}.") from None
-    model.load_state_dict(training.average.module.state_dict())
-    model.interrupted = None
+                save_checkpoint(checkpoint, training._asdict(), identity, history)
+        model.load_state_dict(training.average.module.state_dict())
     return history
 
 
 def epochs(
     training: Training, train_pets: Pets, valid_pets: Pets, recipe: Recipe, done: int
 ) -> Iterator[dict]:
-    """Train one epoch after another, but those that are done, and yield a row of the history after each."""
+    """Train the epochs that are not done yet, and yield a row of the history after each."""
     steps = count_steps(len(train_pets.names), recipe.BATCH_SIZE)
     sides = recipe.small_sides + [recipe.IMAGE_SIZE] * (recipe.EPOCHS - len(recipe.small_sides))
 
@@ -983,63 +810,68 @@ def epochs(
     def at_side(side: int) -> tuple[Pets, Pets]:
         if side == recipe.IMAGE_SIZE:
             return train_pets, valid_pets
-        train_again = load_pets(
-            train_pets.folder, train_pets.names, side, resize=recipe.MASK_RESIZE
-        )
-        valid_again = load_pets(valid_pets.folder, valid_pets.names, side)
-        return train_again, valid_again._replace(masks=valid_pets.masks)
+        smaller = load_pets(train_pets.folder, train_pets.names, side, resize=recipe.MASK_RESIZE)
+        held_out = load_pets(valid_pets.folder, valid_pets.names, side)
+        return smaller, held_out._replace(masks=valid_pets.masks)
 
-    with tqdm(total=recipe.EPOCHS * steps, initial=done * steps, mininterval=1, leave=False) as bar:
+    total = recipe.EPOCHS * steps
+    with tqdm(total=total, initial=done * steps, mininterval=1, leave=False) as bar:
         for epoch, side in list(enumerate(sides, 1))[done:]:
             bar.set_description(f"epoch {epoch}/{recipe.EPOCHS}")
-            torch.manual_seed(
-                recipe.SEED * 100_003 + epoch
-            )  # by epoch, so that a resumed run draws the same
+            # By the epoch, so that a resumed run draws the same; no two seeds share an epoch's.
+            torch.manual_seed(recipe.SEED * 100_003 + epoch)
             seen, held_out = at_side(side)
             start = time.perf_counter()
             loss = train_epoch(training, seen, recipe, bar)
             seconds = time.perf_counter() - start
             accuracy, iou = validate(training.average.module, seen, held_out, recipe)
             bar.set_postfix({"loss": f"{loss:.3f}", "valid accuracy": f"{accuracy:.3f}"})
-            yield dict(zip(HISTORY, (epoch, loss, accuracy, iou, seconds), strict=True))
+            yield {
+                "epoch": epoch,
+                "train_loss": loss,
+                "valid_pixel_accuracy": accuracy,
+                "valid_mean_iou": iou,
+                "seconds": seconds,
+            }
 
 
 def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> float:
     """Pass over the images once, in random batches, and return the mean loss."""
     model, average, optimizer, schedule = training
-    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    precision = pick_precision(recipe.PRECISION, device)
     model.train()
     losses = []
     for batch in torch.randperm(len(pets.names)).split(recipe.BATCH_SIZE):
         if len(batch) < recipe.BATCH_SIZE:
             break  # a smaller batch would upset BatchNorm
-        images, masks = pets.images[batch], pets.masks[batch]  # (B, 3, N, N), (B, N, N)
+        images, masks = pets.images[batch].to(device), pets.masks[batch].to(device)
         if recipe.AUGMENT:
-            images, masks = augment(images, masks, recipe.AUGMENT)
+            images, masks = augment(images, masks, recipe.AUGMENT)  # (B, 3, N, N), (B, N, N)
         logits = run_model(model, images, precision)  # (B, K, N, N)
-        loss = segmentation_loss(logits, masks.to(logits.device).long(), recipe.DICE_WEIGHT)
+        loss = segmentation_loss(logits, masks.long(), recipe.DICE_WEIGHT)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         average.update_parameters(model)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise InputError(
-                "the loss is no longer a number: make LEARNING_RATE smaller and train again."
-            )
+        losses.append(loss.detach())  # not read yet: a GPU would have to wait for it in each step
         bar.update()
-    return sum(losses) / len(losses)
+    mean = torch.stack(losses).mean().item()
+    if not math.isfinite(mean):
+        raise InputError(
+            "the loss is no longer a number: make LEARNING_RATE smaller and train again."
+        )
+    return mean
 
 
 def validate(
     model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe
 ) -> tuple[float, float]:
-    """Return pixel accuracy and mean IoU of averaged weights, after giving their BatchNorms
-    statistics of their own.
+    """Return pixel accuracy and mean IoU of averaged weights, with BatchNorm statistics anew.
 
-    In training no batch went through the averaged weights, so their running means and variances are
-    those of other weights. They are measured anew, on at most ten batches of training images.
+    In training no batch went through the averaged weights, so their running means and variances
+    are those of other weights. They are measured on at most ten batches of training images.
     """
     device = next(model.parameters()).device
     precision = pick_precision(recipe.PRECISION, device)
@@ -1051,53 +883,42 @@ def validate(
     return result["pixel_accuracy"], result["mean_iou"]
 
 
+def prepare(model: nn.Module, recipe: Recipe) -> None:
+    """Lay the model out in memory as training is fastest, and keep what is freed."""
+    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
+    # bfloat16 units want the channels of a pixel side by side; float32 on AVX2 is faster without.
+    fast = torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format
+    model.to(memory_format=fast)
+    keep_freed_memory()
+
+
 def count_steps(images: int, batch_size: int) -> int:
     """Return how many full batches an epoch has. Errors: `InputError` if it has none."""
     if images < batch_size:
-        raise InputError(
-            f"{images} training images don't fill one batch of {batch_size}: make BATCH_SIZE smaller."
-        )
+        few = f"{images} training images don't fill one batch of {batch_size}"
+        raise InputError(f"{few}: make BATCH_SIZE smaller.")
     return images // batch_size
 
 
 def check_run(recipe: Recipe, **names: list[str]) -> None:
-    """Raise `InputError` if a split has no images, training has less than a batch, or the memory is too small."""
+    """Raise `InputError` for a split without images, less than a batch, or too little memory."""
     for split, images in names.items():
         if not images:
-            why = (
-                "validation needs breeds that have two images in trainval.txt"
-                if split == "valid"
-                else "add some"
+            breeds = "validation needs breeds that have two images in trainval.txt"
+            raise InputError(
+                f"there are no {split} images: {breeds if split == 'valid' else 'add some'}."
             )
-            raise InputError(f"there are no {split} images: {why}.")
     count_steps(len(names["train"]), recipe.BATCH_SIZE)
     check_memory(recipe, {split: len(images) for split, images in names.items()})
 
 
-def identify(recipe: Recipe, precision: torch.dtype, train_pets: Pets, valid_pets: Pets) -> dict:
+def identify(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe) -> dict:
     """Return all that a training depends on, to tell whether a checkpoint belongs to it."""
+    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
     return {
-        **recipe.model_dump(
-            exclude=Recipe.PLACES | {"FLIP"}
-        ),  # FLIP changes only how the trained net is scored
+        **recipe.model_dump(exclude=Recipe.PLACES | {"FLIP"}),  # FLIP only changes the scoring
         "PRECISION": str(precision).removeprefix("torch."),
         "images": list(train_pets.images.shape),
-        "sum of labels": int(
-            train_pets.masks.sum()
-        ),  # differs for other images, or other masks, of the same shape
+        "sum of labels": int(train_pets.masks.sum()),  # of other images of the same shape, another
         "validation masks": list(valid_pets.masks.shape),
     }
-
-
-def set_aside(checkpoint: Path) -> list:
-    """Keep a former checkpoint as `checkpoint.old.pt`, unless the one kept there went further; return no history."""
-
-    def epochs(path: Path) -> int:
-        with suppress(InputError, LookupError, TypeError):
-            return len(load_tensors(path)["history"])
-        return -1
-
-    old = checkpoint.with_suffix(".old.pt")
-    if epochs(checkpoint) >= epochs(old):
-        os.replace(checkpoint, old)
-    return []

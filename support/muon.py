@@ -1,22 +1,17 @@
-"""The optimiser Muon, for parameters of any shape: PyTorch's own takes matrices only, and computes
-in bfloat16.
-
-A file of its own, since nothing here is about segmentation.
-"""
+"""The optimiser Muon, for parameters of any shape and in any precision."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-# Of three Newton-Schulz iterations: a, b and c of each, found by a search for those that level
-# singular values fastest.
+# a, b and c of three Newton-Schulz iterations, found by a search for those that bring the singular
+# values together fastest.
 COEFFICIENTS = ((7.7110, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5940, 0.4107))
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised: equally long in every direction, even where
-    gradients are small.
+    """Momentum whose steps are orthogonalised: equally long in every direction.
 
     By Jordan et al. (2024), with Nesterov momentum; the steps' length matches AdamW's (Liu et al.
     2025). A parameter (out, ...) counts as a matrix with `out` rows, a vector as one column; Jordan
@@ -38,7 +33,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take one step against the gradients. `closure` is part of PyTorch's interface, and not used."""
+        """Take one step against the gradients; `closure` is PyTorch's, and not used."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:  # the loss does not depend on it
@@ -48,9 +43,8 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 direction = parameter.grad.lerp(average, group["momentum"])
-                order = sorted(
-                    range(direction.ndim), key=direction.stride, reverse=True
-                )  # as in memory: no copies
+                # In the order of the axes in memory, nothing has to be copied.
+                order = sorted(range(direction.ndim), key=direction.stride, reverse=True)
                 direction = direction.permute(order)
                 matrix = orthogonalize(direction.reshape(len(direction), -1), self.precision)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -59,8 +53,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
-    """Keep the singular vectors of a matrix (R, C), but bring all but its tiniest singular values
-    near 1.
+    """Bring all but the tiniest singular values of a matrix (R, C) near 1; keep its vectors.
 
     Newton-Schulz iterations X <- a X + b (X X') X + c (X X')^2 X. All factors are polynomials in
     the small X X', so they are multiplied first, and the large X once, at the end. They need
@@ -86,7 +79,7 @@ def orthogonalize(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
 def factors(
     gram: Tensor, square: Tensor, precision: torch.dtype, coefficients: Sequence = COEFFICIENTS
 ) -> Tensor:
-    """Return the product of the factors a I + b X X' + c (X X')^2 of all iterations, for X X' before the first."""
+    """Return the product of all iterations' factors a I + b X X' + c (X X')^2."""
     (a, b, c), *others = coefficients
     factor = b * gram + c * square
     factor.diagonal().add_(a)

@@ -1,9 +1,4 @@
-"""Draw a stand-in for the Oxford-IIIT Pet dataset: cartoon cats and dogs in cluttered rooms and
-gardens.
-
-A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils`
-passes it on.
-"""
+"""Draw a stand-in for the Oxford-IIIT Pet dataset: cartoon cats and dogs, indoors and outdoors."""
 
 import shutil
 import tempfile
@@ -17,8 +12,7 @@ from tqdm import tqdm
 
 from support.parameters import InputError, reason
 
-# Furs, furniture, walls and floors share these colours, so that colour alone does not give a pet
-# away.
+# Furs, furniture, walls and floors share these, so that colour alone does not give a pet away.
 WHITE, CREAM, GINGER, BROWN = (238, 234, 226), (226, 204, 166), (204, 128, 62), (138, 92, 58)
 DARK, GREY, SAND, GREEN = (62, 48, 42), (136, 140, 148), (190, 158, 112), (112, 140, 84)
 COLOURS = (WHITE, CREAM, GINGER, BROWN, DARK, GREY, SAND, GREEN)
@@ -41,23 +35,31 @@ BREEDS = (  # in class order: name, species, breed id, ear, tail width, fur colo
     ("shiba_inu", 2, 3, SMALL, 12, (GINGER, CREAM), "plain", WHITE),
 )
 FACES = {  # ovals by species: x, y, x radius, y radius, colour (None: the muzzle's)
-    1: ((0, 0.42, 0.42, 0.28, None), (0.42, -0.1, 0.2, 0.18, YELLOW), (0.42, -0.1, 0.08, 0.17, BLACK),
-        (0.46, -0.17, 0.04, 0.04, WHITE), (0, 0.3, 0.11, 0.08, PINK), (0.09, 0.5, 0.1, 0.03, BLACK)),
-    2: ((0, 0.4, 0.52, 0.45, None), (0.4, -0.18, 0.15, 0.16, BLACK), (0.44, -0.24, 0.05, 0.05, WHITE),
-        (0, 0.2, 0.2, 0.14, BLACK), (0.12, 0.5, 0.13, 0.04, BLACK), (0, 0.64, 0.1, 0.13, PINK)),
+    1: ((0, 0.42, 0.42, 0.28, None), (0.42, -0.1, 0.2, 0.18, YELLOW),
+        (0.42, -0.1, 0.08, 0.17, BLACK), (0.46, -0.17, 0.04, 0.04, WHITE),
+        (0, 0.3, 0.11, 0.08, PINK), (0.09, 0.5, 0.1, 0.03, BLACK)),
+    2: ((0, 0.4, 0.52, 0.45, None), (0.4, -0.18, 0.15, 0.16, BLACK),
+        (0.44, -0.24, 0.05, 0.05, WHITE), (0, 0.2, 0.2, 0.14, BLACK),
+        (0.12, 0.5, 0.13, 0.04, BLACK), (0, 0.64, 0.1, 0.13, PINK)),
 }  # fmt: skip
 # Poses are bands in hundredths of a box: start x y, bend x y, end x y, width, brightness. First
 # comes the tail, whose width is the breed's; last the head: x, y and radius.
 POSES = (
-    ((16, 50, -12, 50, -2, 10, 0, 190), (26, 55, 28, 75, 26, 97, 12, 150), (66, 55, 70, 75, 69, 97, 12, 150),
-     (8, 56, 40, 50, 75, 53, 36, 215), (17, 50, 14, 75, 17, 100, 15, 235), (58, 50, 58, 75, 59, 100, 14, 235),
-     (60, 58, 72, 50, 80, 25, 26, 225), (80, 27, 22)),  # standing, side on
-    ((60, 92, 115, 99, 95, 55, 0, 170), (50, 30, 50, 60, 50, 99, 50, 205), (22, 85, 30, 84, 42, 98, 26, 225),
-     (78, 85, 70, 84, 58, 98, 26, 225), (41, 58, 43, 80, 41, 99, 15, 240), (59, 58, 57, 80, 59, 99, 15, 240),
-     (50, 28, 25)),  # sitting, facing us
-    ((10, 75, -15, 95, 25, 97, 0, 190), (2, 74, 40, 55, 85, 72, 42, 210), (8, 85, 20, 70, 42, 92, 20, 235),
-     (60, 80, 70, 95, 99, 88, 13, 200), (50, 80, 60, 98, 90, 96, 14, 240), (76, 45, 24)),  # lying
-    ((90, 99, 120, 99, 110, 60, 0, 180), (50, 40, 50, 99, 50, 260, 78, 210), (50, 42, 40)),  # a portrait
+    # standing, side on
+    ((16, 50, -12, 50, -2, 10, 0, 190), (26, 55, 28, 75, 26, 97, 12, 150),
+     (66, 55, 70, 75, 69, 97, 12, 150), (8, 56, 40, 50, 75, 53, 36, 215),
+     (17, 50, 14, 75, 17, 100, 15, 235), (58, 50, 58, 75, 59, 100, 14, 235),
+     (60, 58, 72, 50, 80, 25, 26, 225), (80, 27, 22)),
+    # sitting, facing us
+    ((60, 92, 115, 99, 95, 55, 0, 170), (50, 30, 50, 60, 50, 99, 50, 205),
+     (22, 85, 30, 84, 42, 98, 26, 225), (78, 85, 70, 84, 58, 98, 26, 225),
+     (41, 58, 43, 80, 41, 99, 15, 240), (59, 58, 57, 80, 59, 99, 15, 240), (50, 28, 25)),
+    # lying
+    ((10, 75, -15, 95, 25, 97, 0, 190), (2, 74, 40, 55, 85, 72, 42, 210),
+     (8, 85, 20, 70, 42, 92, 20, 235), (60, 80, 70, 95, 99, 88, 13, 200),
+     (50, 80, 60, 98, 90, 96, 14, 240), (76, 45, 24)),
+    # a portrait
+    ((90, 99, 120, 99, 110, 60, 0, 180), (50, 40, 50, 99, 50, 260, 78, 210), (50, 42, 40)),
 )  # fmt: skip
 LIST_HEADER = """#Image CLASS-ID SPECIES BREED ID
 #ID: 1:6 Class ids
@@ -77,52 +79,44 @@ def draw_sample_pets(
     The folder is root/oxford-iiit-pet, with `trainval` + `test` RGB pictures, whose short side is
     about `side` pixels, and their trimaps (1 pet, 2 background, 3 border). The same arguments give
     the same bytes; what they drew before is kept, and what other arguments drew is replaced.
-
-    Errors: `InputError` (a ValueError) if a count is below 1, `side` is below 32, the folder exists
-    and was not drawn here, or nothing can be written there.
+    Errors: `InputError` if a count is below 1, `side` is below 32, the folder exists and was not
+    drawn here, or nothing can be written there.
     """
     if min(trainval, test) < 1 or side < 32:
-        raise InputError(
-            f"need trainval and test >= 1 and side >= 32, got {trainval}, {test} and {side}."
-        )
+        given = f"{trainval}, {test} and {side}"
+        raise InputError(f"need trainval and test >= 1 and side >= 32, got {given}.")
     folder = Path(root) / "oxford-iiit-pet"
     code = zlib.crc32(Path(__file__).read_bytes())  # other code draws other pictures
-    note = (
-        f"{DRAWN_BY}trainval={trainval}, test={test}, seed={seed}, side={side}), code {code:08x}\n"
-    )
+    given = f"trainval={trainval}, test={test}, seed={seed}, side={side}"
+    note = f"{DRAWN_BY}{given}), code {code:08x}\n"
     try:
         if not _is_drawn(folder, note):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(
-                folder.parent / ".drawing.lock"
-            ):  # whoever comes second waits, and finds it drawn
-                if not _is_drawn(folder, note):
+            with FileLock(folder.parent / ".drawing.lock"):
+                if not _is_drawn(folder, note):  # unless another process drew it meanwhile
                     _draw(folder, note, trainval, test, seed, side)
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be drawn ({reason(error)}): make room, or the folder writable."
-        ) from None
+        why = f"{folder} cannot be drawn ({reason(error)})"
+        raise InputError(f"{why}: make room, or the folder writable.") from None
     return folder
 
 
 def _is_drawn(folder, note):
-    """Return whether the folder holds what the note says; raise InputError if it was not drawn here at all."""
+    """Return whether the folder holds what the note says; raise InputError if it isn't ours."""
     if not folder.exists():
         return False
     readme = folder / "annotations" / "README"
-    found = readme.read_text(errors="replace") if readme.is_file() else ""
+    found = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     if not found.startswith(DRAWN_BY):
-        raise InputError(
-            f"{folder} was not drawn by draw_sample_pets, so it is left as it is: move it away."
-        )
+        what = f"{folder} was not drawn by draw_sample_pets"
+        raise InputError(f"{what}, so it is left as it is: move it away.")
     return found == note
 
 
 def _draw(folder, note, trainval, test, seed, side):
-    """Draw the dataset aside and rename it at the end: an interrupted drawing leaves no half dataset."""
-    for left in folder.parent.glob(
-        ".drawing-*"
-    ):  # by a process that was killed: it would hold the lock
+    """Draw the dataset aside and rename it: an interrupted drawing leaves no half dataset."""
+    # What lies there is of a process that was killed: a living one would hold the lock.
+    for left in folder.parent.glob(".drawing-*"):
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder.parent) as aside:
         new = Path(aside) / "new"
@@ -130,14 +124,14 @@ def _draw(folder, note, trainval, test, seed, side):
         (new / "annotations" / "trimaps").mkdir(parents=True)
         indices = tqdm(range(trainval + test), "draw sample pets", leave=False)
         lines = [_save_pet(new, seed, index, side) for index in indices]
-        for file, chosen in (
-            ("list", lines),
-            ("trainval", lines[:trainval]),
-            ("test", lines[trainval:]),
-        ):
-            text = (LIST_HEADER if file == "list" else "") + "".join(sorted(chosen))
-            (new / "annotations" / f"{file}.txt").write_text(text)
-        (new / "annotations" / "README").write_text(note)
+        texts = {
+            "list.txt": LIST_HEADER + "".join(sorted(lines)),
+            "trainval.txt": "".join(sorted(lines[:trainval])),
+            "test.txt": "".join(sorted(lines[trainval:])),
+            "README": note,
+        }
+        for file, text in texts.items():
+            (new / "annotations" / file).write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rename(Path(aside) / "old")
         new.rename(folder)
@@ -172,7 +166,7 @@ def _draw_pet(rng, breed, side):
 
 
 def _head(species, ear, x, y, r, look):
-    """Return the parts (outline, brightness) and the face (outline, colour) of a head that looks aside."""
+    """Return a head's parts (outline, brightness) and its face (outline, colour), looking aside."""
     parts, face = [], []
     for flip in (-r, r):
         outline = np.array(ear) * (flip, r) + (x, y)
@@ -213,7 +207,7 @@ def _oval(x, y, rx, ry):
 
 
 def _band(path, width):
-    """Return the outline of a round-ended band; path holds x and y of its start, its bend and its end."""
+    """Return the outline of a round-ended band; path is x and y of its start, bend and end."""
     start, bend, end = np.reshape(path, (3, 2))
     t = np.linspace(0, 1, 20)[:, None]
     middle = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
@@ -224,14 +218,10 @@ def _band(path, width):
 
 
 def _placement(rng, size, scale, centre):
-    """Return a function that turns, perhaps mirrors, scales and moves an outline into the picture."""
+    """Return a function that turns, scales, moves and perhaps mirrors an outline."""
     turn = rng.normal(0, 0.12)
-    axes = (
-        np.array([(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))])
-        * scale
-        * min(size)
-        / 100
-    )
+    axes = np.array([(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))])
+    axes = axes * scale * min(size) / 100
     axes[0] *= rng.choice((-1, 1))  # mirrors left and right
     return lambda outline: ((outline - 50) @ axes + centre * size).ravel().tolist()
 
@@ -243,7 +233,7 @@ def _random_texture(rng, size):
 
 
 def _texture(rng, size, colours, pattern):
-    """Return a picture of the given size whose two colours are mixed by noise or by wavy stripes."""
+    """Return a picture of that size whose two colours are mixed by noise or by wavy stripes."""
     cells, stripes, contrast = PATTERNS[pattern]
     noise = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     wave = np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
@@ -258,7 +248,7 @@ def _texture(rng, size, colours, pattern):
 
 
 def _paint(scene, parts, texture):
-    """Paint parts (outline, brightness) with a texture, rounded shading and a shadow; return their mask."""
+    """Paint parts (outline, brightness) with a texture, shading and a shadow; return their mask."""
     shade = Image.new("L", scene.size)
     pen = ImageDraw.Draw(shade)
     for points, tone in parts:
@@ -273,19 +263,18 @@ def _paint(scene, parts, texture):
 
 
 def _light(rng, picture):
-    """Return the picture, slightly blurred, under a lamp on one side and with the noise of a camera."""
+    """Return the picture, slightly blurred, under a lamp on one side and with a camera's noise."""
     width, height = picture.size
     level, across, down = rng.uniform((190, -40, -40), (245, 40, 40))
     lamp = level + np.linspace(-across, across, width) + np.linspace(-down, down, height)[:, None]
     lamp = lamp + 9 * rng.standard_normal((height, width), dtype=np.float32)
     lamp = Image.fromarray(np.clip(lamp, 0, 255).astype(np.uint8))
-    return ImageChops.multiply(
-        picture.filter(ImageFilter.BoxBlur(0.4)), Image.merge("RGB", [lamp] * 3)
-    )
+    blurred = picture.filter(ImageFilter.BoxBlur(0.4))
+    return ImageChops.multiply(blurred, Image.merge("RGB", [lamp] * 3))
 
 
 def _trimap(mask, border):
-    """Return 1 on the pet, 2 on the background and 3 within `border` pixels of the outline between them."""
-    # A box's mean is neither 0 nor 255 just where it holds both: as MaxFilter - MinFilter, but much
-    # faster.
+    """Return 1 on the pet, 2 on the background and 3 within `border` pixels of their outline."""
+    # A box's mean is neither 0 nor 255 just where the box holds both, and much faster to compute
+    # than MaxFilter - MinFilter.
     return mask.filter(ImageFilter.BoxBlur(border)).point([2, *[3] * 254, 1])

@@ -42,25 +42,21 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory) -> Path:
-    """Return the folder oxford-iiit-pet of a small stand-in dataset, 24 + 12 pictures; leave it unchanged."""
-    return draw_sample_pets(
-        tmp_path_factory.mktemp("sample"), trainval=24, test=12, seed=0, side=64
-    )
+    """Return the folder oxford-iiit-pet of a stand-in of 24 + 12 pictures; leave it unchanged."""
+    return draw_sample_pets(tmp_path_factory.mktemp("sample"), trainval=24, test=12, side=64)
 
 
 @pytest.fixture(scope="session")
 def oxford() -> Path:
     """Return the folder oxford-iiit-pet of the real dataset."""
     if "PETSEG_DATA" not in os.environ:
-        pytest.skip(
-            "PETSEG_DATA is not set: set it to the folder that holds the real oxford-iiit-pet."
-        )
+        pytest.skip("PETSEG_DATA should be set to the folder that holds the real oxford-iiit-pet.")
     return Path(os.environ["PETSEG_DATA"]) / "oxford-iiit-pet"
 
 
 @pytest.fixture(scope="session")
 def pets(tmp_path_factory) -> Pets:
-    """Return 8 pictures of 16 x 16 pixels, in memory and on the disk, in which the colour gives each label away."""
+    """Return 8 pictures of 16 x 16 pixels, in memory and on disk, whose colours are the labels."""
     random = torch.Generator().manual_seed(0)
     coarse = torch.randint(3, (8, 4, 4), generator=random, dtype=torch.uint8)
     masks = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)  # (8, 16, 16)
@@ -78,7 +74,7 @@ def pets(tmp_path_factory) -> Pets:
 
 @pytest.fixture
 def complains():
-    """Return a context that expects an `InputError`, told in one sentence that holds all the given words."""
+    """Return a context that expects an `InputError`, in one sentence with all the given words."""
 
     @contextmanager
     def context(*words):

@@ -1,0 +1,111 @@
+"""Checkpoints: a training that was stopped, by whatever, goes on as if nothing had happened."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from support.parameters import InputError
+from support.tensor_files import load_tensors, save_tensors
+
+
+class Stateful(Protocol):
+    """What can give its state and take it back: a net, an optimiser, a schedule."""
+
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> object: ...
+
+
+def save_checkpoint(
+    path: Path, parts: dict[str, Stateful], identity: dict, history: list[dict]
+) -> None:
+    """Write all that going on needs: the state of each part, and what the training was of."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save_tensors(path, {**states, "recipe": identity, "history": history})
+
+
+def load_checkpoint(path: Path, parts: dict[str, Stateful], identity: dict) -> list[dict]:
+    """Read a checkpoint of the same training into `parts` and return its history.
+
+    Errors: `InputError` if it is damaged, or of another training.
+    """
+    saved = load_tensors(path)
+    try:
+        check_identity(path, saved["recipe"], identity)
+        check_history(saved["history"])
+        for name, part in parts.items():
+            if saved[name].keys() != part.state_dict().keys():
+                raise KeyError(name)
+            part.load_state_dict(saved[name])
+            if isinstance(part, torch.optim.Optimizer):
+                check_moments(part)
+        return saved["history"]
+    except InputError:
+        raise
+    except Exception:  # in somebody else's file, anything may be missing or of a wrong type
+        raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
+
+
+def check_identity(path: Path, theirs: dict, own: dict) -> None:
+    """Raise `InputError`, naming all that differs, unless the training was of the same."""
+    other = [key for key in own if theirs.get(key) != own[key]]
+    if other:
+        told = "; ".join(f"{key} {theirs.get(key)}, not {own[key]}" for key in other)
+        what = f"{path} is of another run, with {told}"
+        raise InputError(f"{what}: set RESUME to False, or these.")
+
+
+def check_history(history: list[dict]) -> None:
+    """Raise an error unless each row has numbers alone, and the epochs are counted from 1."""
+    rows = [{key: float(value) for key, value in row.items()} for row in history]
+    if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise ValueError("the epochs are not numbered from 1")
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless what the optimiser keeps of each weight has that weight's shape."""
+    for weight, state in optimizer.state.items():
+        if {tensor.shape for tensor in state.values() if tensor.ndim} != {weight.shape}:
+            raise ValueError("the optimiser is that of other weights")
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Keep a former checkpoint as `checkpoint.old.pt`, unless the one kept there went further."""
+    old = checkpoint.with_suffix(".old.pt")
+    if count_epochs(checkpoint) >= count_epochs(old):
+        os.replace(checkpoint, old)
+
+
+def count_epochs(checkpoint: Path) -> int:
+    """Return how many epochs a checkpoint has, -1 for a file that is none."""
+    with suppress(InputError, LookupError, TypeError):
+        return len(load_tensors(checkpoint)["history"])
+    return -1
+
+
+@contextmanager
+def undone_if_stopped(
+    model: nn.Module, recipe: object, checkpoint: Path | None, history: list[dict]
+) -> Iterator[None]:
+    """Give the model its first weights back if the training stops, so that it can be called again.
+
+    `model.interrupted` then is the recipe of what was stopped. Errors: `InputError`, for Ctrl-C or
+    the notebook's stop button, which says what `checkpoint` keeps.
+    """
+    first = deepcopy(model.state_dict())
+    try:
+        yield
+    except (KeyboardInterrupt, InputError) as error:
+        model.load_state_dict(first)
+        model.interrupted = recipe
+        if isinstance(error, InputError):
+            raise
+        kept = f"{checkpoint} keeps {len(history)}" if checkpoint and history else "none was kept"
+        how = "run this cell again to go on, or the notebook with RESUME True"
+        raise InputError(f"interrupted: of {recipe.EPOCHS} epochs, {kept}: {how}.") from None
+    model.interrupted = None

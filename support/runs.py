@@ -1,0 +1,88 @@
+"""The folder of a run: its results and weights, written whole or not at all, and read back.
+
+What it holds is a contract: `compare_runs.ipynb` reads nothing else.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from support.machine import room_for
+from support.parameters import InputError
+from support.safe_files import git_name, own_folder, write_atomically, write_csv
+from support.tensor_files import load_tensors, save_tensors
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def open_run(recipe: BaseModel) -> Path:
+    """Return the run's folder, runs/RUN_NAME, which is this process's alone until it ends.
+
+    Errors: `InputError` if another process writes there, or if the disk is too full for the run or
+    can't be written to.
+    """
+    folder = ROOT / "runs" / recipe.RUN_NAME
+    own_folder(folder, room_for(recipe))
+    return folder
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write the model's weights in float16, which halves the file and changes hardly any label.
+
+    Whole numbers stay as they are, and so does what float16 can't hold: a BatchNorm's variance may
+    be above 65,504.
+    """
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.half().isfinite().all():
+            weights[name] = tensor.half()
+    save_tensors(path, weights)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load what `save_weights` wrote into a model of the same build. Errors: `InputError`."""
+    try:
+        model.load_state_dict(load_tensors(path))
+    except (RuntimeError, TypeError, AttributeError):
+        what = "is damaged, or holds the weights of another architecture"
+        raise InputError(f"{path} {what}: train again.") from None
+
+
+def write_run(folder: Path, metrics: dict, history: list[dict], images: list[dict]) -> None:
+    """Write `history.csv`, `images.csv` and, last, `metrics.json`: a run that has it is whole.
+
+    To `metrics` it adds the versions of torch and of the project's code, by git's names of files.
+    """
+    code = [ROOT / "petseg_utils.py", *sorted((ROOT / "support").glob("*.py"))]
+    versions = {"torch": torch.__version__, **{file.stem: git_name(file) for file in code}}
+    text = json.dumps({**metrics, "versions": versions}, indent=2) + "\n"
+    write_csv(folder / "history.csv", history)
+    write_csv(folder / "images.csv", images)
+    write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
+
+
+def read_run(folder: Path) -> dict:
+    """Return a run's metrics with its `name`, `history` and `images`, which an old run may lack.
+
+    Errors: `InputError` if the folder holds no complete run.
+    """
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        history = read_rows(folder / "history.csv")
+        images = read_rows(folder / "images.csv") if (folder / "images.csv").exists() else []
+        numbers = [{key: float(text) for key, text in row.items()} for row in history]
+        if not numbers:
+            raise ValueError("history.csv has no rows")
+        return {"name": folder.name, **metrics, "history": numbers, "images": images}
+    except (OSError, ValueError, TypeError) as error:
+        why = f"there is no complete run in {folder} ({error})"
+        raise InputError(f"{why}: make the run again.") from None
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table with a header."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
