@@ -3,7 +3,7 @@
 PYTHON ?= python3
 NAME ?= first
 ARGS ?=
-GRID ?= benchmarks/ablations.json
+GRID ?= experiments/ablations.json
 CLUSTER ?=
 WORKERS ?= 0
 BIN := .venv/bin
@@ -13,19 +13,19 @@ COMPARE := notebooks/compare_runs.ipynb
 .PHONY: run photo sweep compare test faults lab bench outputs grade mutants student
 
 run: .venv/installed
-	@$(BIN)/python -m support.command run "$(NAME)" $(ARGS)
+	@$(BIN)/python -m experiments.command run "$(NAME)" $(ARGS)
 
 # Find the pet in a photo with the kept net: no training, no dataset.
 photo: .venv/installed
-	@$(BIN)/python -m support.command photo "$(PHOTO)"
+	@$(BIN)/python -m experiments.command photo "$(PHOTO)"
 
 # Make the runs of a grid, here or on a Dask scheduler: make sweep GRID=my.json CLUSTER=tcp://host:8786
 sweep: .venv/installed
-	@$(BIN)/python -m support.command sweep "$(GRID)" "$(CLUSTER)" "$(WORKERS)"
+	@$(BIN)/python -m experiments.command sweep "$(GRID)" "$(CLUSTER)" "$(WORKERS)"
 
 # Put runs side by side: four small ones made for it, or, say, ARGS='-r RUNS "runs/*" -p MAKE_RUNS False'.
 compare: .venv/installed
-	@$(BIN)/python -m support.command compare $(ARGS)
+	@$(BIN)/python -m experiments.command compare $(ARGS)
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -40,7 +40,7 @@ lab: .venv/installed
 	$(BIN)/jupyter lab $(NOTEBOOK)
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m experiments.throughput
 
 # Execute the notebooks in place, after a change of their cells, to refresh the outputs that nbval compares.
 outputs: .venv/installed

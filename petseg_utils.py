@@ -13,35 +13,33 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from copy import deepcopy
+from difflib import SequenceMatcher
 from functools import lru_cache
-from itertools import repeat
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torchvision import tv_tensors
 from torchvision.datasets import OxfordIIITPet
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 # Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
 from support.checkpoints import load_checkpoint, save_checkpoint, set_aside, undone_if_stopped
+from support.images import open_image, open_pair
 from support.machine import (
     check_memory,
     keep_freed_memory,
     memory_told,
     pick_device,
     pick_precision,
+    usable_cpus,
 )
 from support.muon import Muon
 from support.parameters import InputError, Parameters, brief, check_folder_name, param, reason
@@ -49,6 +47,7 @@ from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid
 from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
 from support.safe_files import read_names, write_atomically
 from support.sample_pets import draw_sample_pets
+from support.trace import Operation, Planned, first_fault, fits, trace_shapes
 
 CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
@@ -152,15 +151,12 @@ def check_side(side: int, depth: int) -> None:
 
 # --------------------------------------------------------------------------------------------- data
 
-IMAGE_FILE, TRIMAP_FILE = (
-    "images/{}.jpg",
-    "annotations/trimaps/{}.png",
-)  # in the dataset's folder, by an image's name
-MAX_PIXELS = 25_000_000  # of one image, lest its prediction take more memory than all the rest
+# In the dataset's folder, by an image's name.
+IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"
 
 
 class Pets(NamedTuple):
-    """A split in memory; masks that are only scored against may have another side than the images."""
+    """A split in memory; masks that are only scored may have another side than the images."""
 
     names: list[str]  # B of them
     images: Tensor  # (B, 3, N, N) uint8
@@ -169,64 +165,57 @@ class Pets(NamedTuple):
 
 
 def breed_of(name: str) -> str:
-    """Return the breed in an image's name: 'Maine_Coon_12' -> 'Maine_Coon'. Cat breeds start with a capital."""
+    """Return the breed in an image's name: 'Maine_Coon_12' -> 'Maine_Coon', with C for cats."""
     return name.rpartition("_")[0]
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
-    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB). Errors: `InputError`."""
-    folder = ROOT / data_dir / "oxford-iiit-pet"
+    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB).
+
+    Errors: `InputError`.
+    """
+    folder = ROOT / Path(data_dir).expanduser() / "oxford-iiit-pet"
     if download:
         try:
             OxfordIIITPet(folder.parent, download=True)
-        except (
-            Exception
-        ) as error:  # of the network, the archive or the disk; a cut connection is no OSError
-            by_hand = "unpack images.tar.gz and annotations.tar.gz from www.robots.ox.ac.uk/~vgg/data/pets there"
-            why = f"{reason(error)}): check the network and try again, or {by_hand}"
-            raise InputError(f"downloading {folder} failed ({why}.") from None
+        except Exception as error:  # of the network, the archive or the disk
+            archives = "images.tar.gz and annotations.tar.gz"
+            by_hand = f"unpack {archives} from www.robots.ox.ac.uk/~vgg/data/pets there"
+            what = f"check the network and try again, or {by_hand}"
+            raise InputError(f"downloading {folder} failed ({reason(error)}): {what}.") from None
     if not os.path.isdir(folder):
-        raise InputError(
-            f"there is no dataset at {folder}: set DATA_DIR to the folder that holds it, or DOWNLOAD."
-        )
+        what = "set DATA_DIR to the folder that holds it, or DOWNLOAD"
+        raise InputError(f"there is no dataset at {folder}: {what}.")
     return folder.resolve()
 
 
 def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[str]:
-    """Return the image names of a split ('trainval' or 'test'), all or `limit` of them drawn by
-    `seed`, sorted.
+    """Return the image names of a split ('trainval' or 'test'), sorted: all, or `limit` drawn.
 
-    The split file decides, not the folder: the real one holds pictures that no split lists. Errors:
-    `InputError` for a split file without names, a name that the other split has, too, and a name
-    without image or trimap.
+    The split file decides, not the folder: the real one holds pictures that no split lists.
+    Errors: `InputError` for a split file without names, a name that the other split has, too,
+    and a name without image or trimap.
     """
     path = folder / "annotations" / f"{split}.txt"
     names = read_names(path) if path.is_file() else {}
     if not names:
-        raise InputError(
-            f"{path} is missing or names no images: extract the dataset's annotations again."
-        )
+        what = "is missing or names no images: extract the dataset's annotations again"
+        raise InputError(f"{path} {what}.")
     other = path.with_name("test.txt" if split == "trainval" else "trainval.txt")
     others = read_names(other) if other.is_file() else {}
     for name in names.keys() & others.keys():
         lines = f"{path} has in line {names[name]} what {other} has in line {others[name]}"
-        raise InputError(
-            f"{lines}, {name}: an image must not be in two splits, so remove one line."
-        )
-    files = {
-        pattern.format(name): line
-        for name, line in names.items()
-        for pattern in (IMAGE_FILE, TRIMAP_FILE)
-    }
+        what = "an image must not be in two splits, so remove one line"
+        raise InputError(f"{lines}, {name}: {what}.")
+    kinds = (IMAGE_FILE, TRIMAP_FILE)
+    files = {kind.format(name): line for name, line in names.items() for kind in kinds}
     missing = [file for file in files if not os.path.isfile(folder / file)]
     if missing:
         first = f"{missing[0]} of line {files[missing[0]]}"
-        raise InputError(
-            f"{path} names {len(missing)} files that are not there, first {first}: extract them."
-        )
-    return sorted(
-        np.random.default_rng(seed).permutation(list(names))[:limit].tolist() if limit else names
-    )
+        what = f"names {len(missing)} files that are not there, first {first}: extract them"
+        raise InputError(f"{path} {what}.")
+    drawn = np.random.default_rng(seed).permutation(list(names)).tolist()
+    return sorted(drawn[: limit or None])
 
 
 def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -243,78 +232,6 @@ def hold_out(names: list[str], fraction: float = 0.1, seed: int = 0) -> tuple[li
     return [name for name in names if name not in held], [name for name in names if name in held]
 
 
-def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Image.Image:
-    """Decode an image file of any format, turned the way its camera noted, as RGB or as it is.
-
-    `paired` says that a trimap belongs to it, whose size has to show that it was turned, too.
-    Errors: `InputError`.
-    """
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(
-                    f"its {file.width} x {file.height} pixels are more than {MAX_PIXELS:,}"
-                )
-            if rgb and file.mode.startswith(
-                ("I", "F")
-            ):  # Pillow would clip them to white, or to black
-                raise ValueError(f"its mode {file.mode} has more than 8 bits a channel")
-            turn = (
-                file.getexif().get(0x112, 1) if paired else 1
-            )  # from 5 on, width and height are exchanged
-            if turn in (2, 3, 4) or (turn > 4 and file.width == file.height):
-                raise ValueError(
-                    "it is to be shown turned, and nothing tells whether its trimap is turned, too"
-                )
-            image = ImageOps.exif_transpose(file)
-    except Exception as error:  # Pillow's decoders have many ways to fail on a damaged file
-        why = reason(error).removesuffix(f" {str(path)!r}")
-        raise InputError(
-            f"{path} cannot be decoded ({why}): replace it by an intact image file."
-        ) from None
-    if rgb and image.mode == "P":
-        image = image.convert(
-            "RGBA"
-        )  # a palette with transparency converts straight to RGB only with a warning
-    return image.convert("RGB") if rgb else image
-
-
-def open_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
-    """Decode an image and its trimap, which has the image's size, 8 bits and only 1, 2, 3. Errors: `InputError`."""
-    image = open_image(folder / IMAGE_FILE.format(name), paired=True)
-    path = folder / TRIMAP_FILE.format(name)
-    trimap = open_image(path, rgb=False)
-    if trimap.mode != "L":
-        raise InputError(
-            f"{path} has the mode {trimap.mode}, but a trimap has one channel of 8 bits: replace it."
-        )
-    if trimap.size != image.size:
-        raise InputError(
-            f"{path} is {trimap.size} pixels large but its image is {image.size}: replace it."
-        )
-    strangers = {value for value, count in enumerate(trimap.histogram()) if count} - {1, 2, 3}
-    if strangers:
-        raise InputError(
-            f"{path} holds the value {min(strangers)}, but a trimap holds only 1, 2 and 3: replace it."
-        )
-    return image, trimap
-
-
-def check_files(folder: Path, names: list[str]) -> None:
-    """Raise `InputError` that tells of all files that are unusable, of `names` and of both splits together."""
-    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
-    faults = []
-    for name in tqdm(every, "check all images", leave=False):
-        try:
-            open_pair(folder, name)
-        except InputError as error:
-            faults.append(str(error).rstrip("."))
-    if faults:
-        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
-        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
-
-
 @memory_told()
 def load_pets(
     folder: Path,
@@ -325,27 +242,26 @@ def load_pets(
     mask_side: int = 0,
     resize: str = "nearest",
 ) -> Pets:
-    """Decode every image and trimap once, in parallel, into memory; `mask_side` is `side` unless
-    given.
+    """Decode every image and trimap once, in parallel, into memory.
 
-    `resize` "bilinear" makes the mistake of mixing labels, to show its price. Errors: `InputError`.
+    `mask_side` is `side` unless given. `resize` "bilinear" makes the mistake of mixing labels, to
+    show its price. Errors: `InputError`.
     """
     mask_side = mask_side or side
     images = torch.empty(len(names), 3, side, side, dtype=torch.uint8)
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        image, trimap = open_pair(folder, names[index])
-        # Pillow's bilinear filter is antialiased; a trimap's values are names, not amounts, and
+        image, trimap = load_pair(folder, names[index])
+        # Pillow's bilinear filter is antialiased. A trimap's values are names, not amounts, and
         # must never be mixed.
-        images[index] = v2.functional.pil_to_tensor(
-            image.resize((side, side), Image.Resampling.BILINEAR)
-        )
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
         trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])
+        images[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         masks[index] = torch.from_numpy(np.array(trimap)) - 1  # 1, 2, 3 -> 0, 1, 2
 
     try:
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             list(tqdm(pool.map(fill, range(len(names))), title, len(names), leave=False))
     except InputError:
         check_files(folder, names)  # one is bad: tell of all at once
@@ -353,26 +269,63 @@ def load_pets(
     return Pets(names, images, masks, folder)
 
 
-def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Flip, move and recolour each image and move its mask along, by torch's global random
-    generator.
+def load_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
+    """Decode an image of a dataset and its trimap, as they are. Errors: `InputError`."""
+    return open_pair(folder / IMAGE_FILE.format(name), folder / TRIMAP_FILE.format(name))
 
-    `strength` scales moves and colours. Pixels from outside the photo are grey, labelled `IGNORE`;
-    shapes, dtypes stay.
+
+def check_files(folder: Path, names: list[str]) -> None:
+    """Raise `InputError` that tells of all unusable files, of `names` and of both splits."""
+    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
+    faults = []
+    for name in tqdm(every, "check all images", leave=False):
+        try:
+            load_pair(folder, name)
+        except InputError as error:
+            faults.append(str(error).rstrip("."))
+    if faults:
+        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
+
+
+def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Flip, move and recolour each image of a batch, and move its mask along, on their device.
+
+    Half of the images are mirrored. `strength` scales the rest: turns of up to 10 degrees, shifts
+    of up to 5 % of the side, sizes from 80 to 125 %, colours as in `recolour`. Pixels from outside
+    the photo are grey, labelled `IGNORE`. Shapes and dtypes stay. All is drawn by torch's global
+    generator, on the CPU, so that a resumed run draws the same.
     """
-    fill = {tv_tensors.Image: 127, tv_tensors.Mask: IGNORE}
-    turn, shift, zoom = 10 * strength, 0.05 * strength, (1 - 0.2 * strength, 1 + 0.25 * strength)
-    move = v2.RandomAffine(
-        turn, (shift, shift), zoom, interpolation=v2.InterpolationMode.BILINEAR, fill=fill
-    )
-    transform = v2.Compose([v2.RandomHorizontalFlip(), move, v2.ColorJitter(*[0.2 * strength] * 3)])
-    # A plain tensor beside an image would pass through untouched: only a tv_tensors.Mask moves
-    # along, by nearest.
-    pairs = [
-        transform(tv_tensors.Image(i), tv_tensors.Mask(m))
-        for i, m in zip(images, masks, strict=True)
-    ]
-    return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
+    count = len(images)
+    mirror = 1 - 2 * torch.randint(2, (count,))
+    angle = torch.empty(count).uniform_(-10, 10).deg2rad() * strength
+    size = 1 + torch.empty(count).uniform_(-0.2, 0.25) * strength
+    shift = torch.empty(count, 2, 1).uniform_(-0.1, 0.1) * strength  # from -1 to 1 is a side
+    cos, sin = angle.cos() / size, angle.sin() / size
+    turn = torch.stack([mirror * cos, mirror * sin, -sin, cos], dim=1).view(count, 2, 2)
+    # Where in the photo, from -1 to 1, each pixel of the result comes from: (B, N, N, 2).
+    source = torch.cat([turn, turn @ shift], dim=2).to(images.device)
+    grid = F.affine_grid(source, list(images.shape), align_corners=False)
+
+    def move(pixels: Tensor, outside: int, mode: str) -> Tensor:
+        moved = F.grid_sample(pixels.float() - outside, grid, mode, align_corners=False)
+        return moved + outside  # for grid_sample fills with zeros
+
+    moved = recolour(move(images, 127, "bilinear"), strength)
+    labels = move(masks.unsqueeze(1), IGNORE, "nearest").squeeze(1)  # labels must never be mixed
+    return moved.to(images.dtype), labels.to(masks.dtype)
+
+
+def recolour(images: Tensor, strength: float) -> Tensor:
+    """Change brightness, contrast and saturation of images (B, 3, N, N), each by up to 20 %."""
+    factors = 1 + torch.empty(3, len(images), 1, 1, 1).uniform_(-0.2, 0.2) * strength
+    brightness, contrast, saturation = factors.to(images.device)
+    weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # of luma, ITU-R BT.601
+    grey = (weights * images).sum(dim=1, keepdim=True)  # (B, 1, N, N)
+    images = torch.lerp(grey, images, saturation)
+    images = torch.lerp(grey.mean(dim=(2, 3), keepdim=True), images, contrast)
+    return images.mul_(brightness).round_().clamp_(0, 255)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -395,8 +348,7 @@ def conv_plus_conv(in_channels: int, out_channels: int, norms: int = 2) -> nn.Se
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> logits (B,
-    num_classes, N, N).
+    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> (B, K, N, N) logits.
 
     Going down, every level halves the side and doubles the channels. Going up, every level doubles
     the side again and concatenates the skip: the tensor of the same side that was kept on the way
@@ -418,33 +370,26 @@ class UNet(nn.Module):
         self.norms, self.skips = norms, skips
         channels = [base_channels * 2**level for level in range(depth)]  # b, 2b, 4b, ...
         self.downs = nn.ModuleList(map(conv_plus_conv, [3, *channels], channels, repeat(norms)))
-        self.pools = nn.ModuleList(nn.MaxPool2d(2) for _ in channels)
         self.bottleneck = conv_plus_conv(channels[-1], channels[-1], norms)
-        self.upsamples = nn.ModuleList(
-            nn.Upsample(scale_factor=2, mode="nearest") for _ in channels
-        )
-        # The upsampled tensor and the skip have as many channels each, so the concatenation doubles
-        # them: 2c go in.
+        # The upsampled tensor and the skip have c channels each: together 2c go in. As many come
+        # out as the level above keeps; the top level gives b.
         inputs = [2 * c for c in reversed(channels)]
-        outputs = [
-            *channels[-2::-1],
-            base_channels,
-        ]  # as many as the level above keeps; the top level gives b
+        outputs = [*channels[-2::-1], base_channels]
         self.ups = nn.ModuleList(map(conv_plus_conv, inputs, outputs, repeat(norms)))
         self.out = nn.Conv2d(base_channels, num_classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, num_classes, N, N) for images (B, 3, N, N). Errors: as in `check_side`."""
+        """Return logits (B, K, N, N) for images (B, 3, N, N). Errors: as in `check_side`."""
         for side in x.shape[-2:]:
             check_side(side, self.depth)
         kept = []
-        for down, pool in zip(self.downs, self.pools, strict=True):
+        for down in self.downs:
             x = down(x)
             kept.append(x if self.skips else torch.zeros_like(x))
-            x = pool(x)  # (B, c, n, n) -> (B, c, n/2, n/2)
+            x = F.max_pool2d(x, kernel_size=2)  # (B, c, n, n) -> (B, c, n/2, n/2)
         x = self.bottleneck(x)
-        for upsample, up in zip(self.upsamples, self.ups, strict=True):
-            x = upsample(x)  # (B, c, n, n) -> (B, c, 2n, 2n)
+        for up in self.ups:
+            x = F.interpolate(x, scale_factor=2)  # (B, c, n, n) -> (B, c, 2n, 2n), nearest
             x = torch.cat((x, kept.pop()), dim=1)  # (B, c, n, n) twice -> (B, 2c, n, n)
             x = up(x)  # (B, 2c, n, n) -> (B, c/2, n, n); at the top (B, c, n, n)
         return self.out(x)
@@ -454,18 +399,16 @@ class UNet(nn.Module):
 
 
 class Step(NamedTuple):
-    """One step of the U-Net's forward pass for one image; shapes are (channels, side)."""
+    """One step of a net's forward pass for one image; shapes are (channels, side)."""
 
     name: str
     level: int  # 0 at the top; at level k the side is N / 2**k
     formula: str  # in N, the image side, and b, the base channels
-    predicted: tuple[int, float]
-    traced: tuple[int, int] | None  # None: the forward pass did not get here
+    predicted: tuple[int, float] | None  # None: the net is no U-Net of this plan
+    traced: tuple[int, int] | None  # None: the forward pass did not get here, or went another way
     parameters: int
-    flops: (
-        int  # of the convolutions, 2 per multiply-add; normalisation and activation are under 1 %
-    )
-    receptive_field: int  # side in input pixels of what one output pixel can depend on
+    flops: int  # of the convolutions, 2 per multiply-add; all else is under 1 %
+    receptive_field: int | None  # side in input pixels of what one output pixel can depend on
 
     @property
     def agrees(self) -> bool:
@@ -475,60 +418,140 @@ class Step(NamedTuple):
     @property
     def row(self) -> dict[str, object]:
         """The step as a row for `html_table`; the output's KiB are those of float32."""
-        predicted, traced = (
-            f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "not reached" for s in self[3:5]
-        )
-        kib = 4 * self.predicted[0] * self.predicted[1] ** 2 / 1024
+        told = [f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "" for s in self[3:5]]
+        channels, side = self.predicted or self.traced or (0, 0)
         return {
-            "step": self.name, "formula": self.formula, "predicted": predicted, "traced": traced,
-            "agree": "✓" if self.agrees else "✗", "parameters": f"{self.parameters:,}",
-            "MFLOP": f"{self.flops / 1e6:,.1f}", "output KiB": f"{kib:,.0f}", "receptive field": self.receptive_field,
-        }  # fmt: skip
+            "step": self.name,
+            "formula": self.formula,
+            "predicted": told[0],
+            "traced": told[1] or "not reached",
+            "agree": "" if not self.predicted else "✓" if self.agrees else "✗",
+            "parameters": f"{self.parameters:,}",
+            "MFLOP": f"{self.flops / 1e6:,.1f}",
+            "output KiB": f"{4 * channels * side**2 / 1024:,.0f}",
+            "receptive field": self.receptive_field or "",
+        }
 
 
 def plan(b: int, depth: int, num_classes: int) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
-    """Yield name, level, output channels and operations of every step, in the order of the forward pass."""
+    """Yield name, level, output channels and operations of every step, in the pass's order."""
     for level in range(depth):
         yield f"down{level + 1}", level, b * 2**level, ("conv3", "conv3")
         yield f"pool{level + 1}", level + 1, b * 2**level, ("pool",)
     yield "bottleneck", depth, b * 2 ** (depth - 1), ("conv3", "conv3")
     for level in reversed(range(depth)):
         yield f"upsample{level + 1}", level, b * 2**level, ("upsample",)
-        yield f"concat{level + 1}", level, 2 * b * 2**level, ()
+        yield f"concat{level + 1}", level, 2 * b * 2**level, ("cat",)
         yield f"up{level + 1}", level, b * 2 ** max(level - 1, 0), ("conv3", "conv3")
     yield "out", 0, num_classes, ("conv1",)
 
 
-def analyse_shapes(model: UNet, side: int) -> list[Step]:
-    """Return one `Step` for each step of the forward pass, predicted by formula and traced with forward hooks."""
-    traced = trace_shapes(model, side)
+OPERATIONS = {  # the plan's: as the trace calls them, their kernel, what to say if one is missing
+    "conv3": ("convolution", 3, "{step} has too few convolutions: planned are two"),
+    "pool": ("pooling", 0, "no pooling on level {level}: the side isn't halved after {{before}}"),
+    "upsample": ("upsampling", 0, "no upsampling on level {level}: the side isn't doubled"),
+    "cat": ("concatenation", 0, "no concatenation on level {level}: the skip is missing"),
+    "conv1": ("convolution", 1, "no 1 x 1 convolution at the end, after {{before}}"),
+}
+CHANNELS = {  # why a step gives as many as it does
+    "down": "each level down doubles them, from b",
+    "bottleneck": "the bottleneck keeps them",
+    "concat": "the skip has as many as what was upsampled",
+    "up": "each level up halves them, down to b",
+    "out": "one for each class",
+}
+
+
+def sizes_of(model: nn.Module, seen: list[Operation], stopped: str) -> dict[str, int]:
+    """Return base channels, depth and classes: the net's attributes, or else as it looks."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    depth = sum(operation.kind == "pooling" for operation in seen)
+    if stopped:  # perhaps on the way down: a level has four convolutions
+        depth = round((len(convolutions) - 3) / 4)
+    first = convolutions[0].out_channels if convolutions else 1
+    looks = {"base_channels": first, "depth": max(depth, 1), "num_classes": len(CLASSES)}
+    own = {name: getattr(model, name) for name in looks if hasattr(model, name)}
+    return looks | own
+
+
+def operations_of(steps: list[tuple], side: int) -> list[Planned]:
+    """Return the operations of the plan's steps, each with what to say where it isn't there."""
+    planned = []
+    for name, level, out, operations in steps:
+        step = name.rstrip("0123456789")
+        for number, operation in enumerate(operations, 1):
+            kind, kernel, missing = OPERATIONS[operation]
+            planned.append(
+                Planned(
+                    f"convolution {number} of {name}" if operation == "conv3" else name,
+                    kind,
+                    (out, side / 2**level),
+                    kernel,
+                    missing.format(step=name, level=name.removeprefix(step)),
+                    CHANNELS.get(step, ""),
+                )
+            )
+    return planned
+
+
+def line_up(
+    model: nn.Module, side: int, given: dict[str, int]
+) -> tuple[list[tuple], list[Planned], list[Operation], str]:
+    """Return the plan's steps, their operations, those that are seen, and why they stop.
+
+    Nothing is planned for a net whose operations are too unlike this U-Net's.
+    """
+    seen, stopped = trace_shapes(model, side)
+    steps = list(plan(*(sizes_of(model, seen, stopped) | given).values()))
+    planned = operations_of(steps, side)
+    expected = planned[: len(seen)] if stopped else planned
+    alike = SequenceMatcher(None, [p.kind for p in expected], [s.kind for s in seen]).ratio() > 0.7
+    return steps if alike else [], planned, seen, stopped
+
+
+def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
+    """Return a `Step` for each step of the forward pass, predicted by formula and traced.
+
+    `given` may say base_channels, depth and num_classes. A net that is no U-Net of this plan has
+    its traced operations as steps, without a prediction.
+    """
+    rows, planned, seen, _ = line_up(model, side, given)
+    if not rows:
+        return [
+            Step(f"{one.kind} {i}", 0, "", None, one.gives, one.parameters, one.flops, None)
+            for i, one in enumerate(seen, 1)
+        ]
+    pairs = takewhile(lambda pair: fits(*pair), zip(planned, seen, strict=False))
+    outputs = [operation.gives for _, operation in pairs]
     steps: list[Step] = []
     channels = 3  # that go into the next convolution
     path: list[str] = []  # all operations from the image to here
-    for name, level, out, operations in plan(model.base_channels, model.depth, model.num_classes):
-        path += operations
-        parameters = (
-            model.norms * 2 * out if "conv3" in operations else 0
-        )  # a BatchNorm's scale and shift by channel
+    for name, level, out, operations in rows:
+        shape = (out, side / 2**level)
+        # A BatchNorm has a scale and a shift for each channel.
+        parameters = getattr(model, "norms", 2) * 2 * out if "conv3" in operations else 0
         flops = 0
         for operation in operations:
-            if operation.startswith("conv"):
-                weights = int(operation[-1]) ** 2 * channels * out
+            if kernel := OPERATIONS[operation][1]:
+                weights = kernel**2 * channels * out
                 parameters += weights + out  # and a bias for every output channel
-                flops += int(2 * weights * (side / 2**level) ** 2)
+                flops += int(2 * weights * shape[1] ** 2)
             channels = out
-        channels = out
+        own = outputs[len(path) : len(path) + len(operations)]
+        parted = (gives for gives in own if gives != shape)
+        traced = next(parted, own[-1] if len(own) == len(operations) else None)
+        path += operations
         size = f"N/{2**level}" if level else "N"
-        multiple = out // model.base_channels
+        multiple = out // rows[0][2]
         times = str(out) if name == "out" else f"{multiple}b" if multiple > 1 else "b"
-        shapes = (f"{size} × {size} × {times}", (out, side / 2**level), traced.get(name))
-        steps.append(Step(name, level, *shapes, parameters, flops, receptive_field(path)))
+        formula = f"{size} × {size} × {times}"
+        field = receptive_field(path)
+        steps.append(Step(name, level, formula, shape, traced, parameters, flops, field))
     return steps
 
 
 def receptive_field(path: list[str]) -> int:
-    """Return the side, in input pixels, of what one pixel after the operations of `path` can depend
-    on.
+    """Return the side, in input pixels, of what a pixel after the operations of `path` depends on.
 
     Counted from that pixel back to the image: a 3 x 3 convolution needs two pixels more in a row
     than it gives, a 2 x 2 pooling twice as many, and w upsampled pixels come from at most w // 2 +
@@ -536,44 +559,29 @@ def receptive_field(path: list[str]) -> int:
     """
     width = 1
     for operation in reversed(path):
-        width = {"conv3": width + 2, "conv1": width, "pool": 2 * width, "upsample": width // 2 + 1}[
-            operation
-        ]
+        before = {"conv3": width + 2, "pool": 2 * width, "upsample": width // 2 + 1}
+        width = before.get(operation, width)
     return width
 
 
-def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
-    """Run one image through a copy of the model and note what every step puts out: {name:
-    (channels, side)}.
+def diagnose(model: nn.Module, side: int, **given: int) -> str:
+    """Say in a sentence where a net first parts from the plan, and why; "" if it doesn't.
 
-    The copy lies on torch's meta device, which knows shapes but computes nothing, so any size is
-    free. A model whose shapes don't fit yields the steps before the one that failed.
+    `given` is that of `analyse_shapes`.
     """
-    model = deepcopy(model).to("meta").eval()
-    traced: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        traced[name] = (x.shape[1], x.shape[3])
-
-    for level in range(1, model.depth + 1):
-        steps = {"down": model.downs[level - 1], "pool": model.pools[level - 1]}
-        steps |= {"upsample": model.upsamples[-level], "up": model.ups[-level]}
-        for kind, module in steps.items():
-            module.register_forward_hook(
-                lambda _m, _inputs, x, name=f"{kind}{level}": note(name, x)
-            )
-        model.ups[-level].register_forward_pre_hook(
-            lambda _m, inputs, name=f"concat{level}": note(name, inputs[0])
-        )
-    for name in ("bottleneck", "out"):
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, _inputs, x, name=name: note(name, x)
-        )
-    # No side is refused: one that doesn't fit goes as far as it can, and what is missing shows
-    # where it failed.
-    with suppress(RuntimeError), patch.dict(globals(), check_side=lambda *_: None):
-        model(torch.empty(1, 3, side, side, device="meta"))
-    return traced
+    rows, planned, seen, stopped = line_up(model, side, given)
+    if not rows:
+        return "this net is no U-Net of this plan: only its trace can be shown."
+    depth = max(level for _, level, *_ in rows)
+    halves = (side & -side).bit_length() - 1  # how often 2 divides the side
+    if halves < depth:
+        often = ["not even once", "once only", "twice only", f"{halves} times only"][min(halves, 3)]
+        return f"the sides part at level {halves + 1}: {side} can be halved {often}."
+    levels = [sum(one.kind == kind for one in seen) for kind in ("pooling", "upsampling")]
+    if levels[0] == levels[1] != depth and not stopped:
+        many = "many" if levels[0] > depth else "few"
+        return f"the net has {levels[0]} levels, planned are {depth}: too {many}."
+    return first_fault(planned, seen, stopped)
 
 
 # ------------------------------------------------------------------------------------------- scores

@@ -5,6 +5,8 @@ on.
 """
 
 import ctypes
+import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,11 +18,16 @@ from pydantic import BaseModel
 
 from support.parameters import InputError
 
-CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
+# Where Linux says in which control groups this process is, and what each of them may use.
+OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the torch device called `name`; 'auto' takes CUDA, then MPS, then the CPU. Errors: `InputError`."""
+    """Return the torch device called `name`; 'auto' takes CUDA, then MPS, then the CPU.
+
+    On the CPU, torch gets no more threads than may run at once: it knows OMP_NUM_THREADS, but not
+    the quota of a container. Errors: `InputError`.
+    """
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -28,14 +35,17 @@ def pick_device(name: str = "auto") -> torch.device:
     }
     usable = [kind for kind in there if there[kind]]
     if name not in ("auto", *usable):
-        raise InputError(
-            f"this machine has no device {name!r}: set DEVICE to {' or '.join(map(repr, usable))}."
-        )
+        names = " or ".join(map(repr, usable))
+        raise InputError(f"this machine has no device {name!r}: set DEVICE to {names}.")
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     return torch.device(usable[0] if name == "auto" else name)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in; 'auto' takes bfloat16 where hardware multiplies it; emulated it is slow."""
+    """Return the dtype to compute in; 'auto' takes bfloat16 where hardware multiplies it.
+
+    Emulated it is slow.
+    """
     if name != "auto":
         return getattr(torch, name)
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -45,9 +55,43 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def own_cgroups(controller: str) -> Iterator[Path]:
+    """Yield the folders that limit this process in Linux: its control group's, and those above.
+
+    Version 2 has one tree of groups, version 1 one for each controller ("cpu", "memory"). A
+    container may see its own group at the root of the tree, and its name on the host here.
+    """
+    lines = []
+    with suppress(OSError):  # of another system
+        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            tree = CGROUPS / controller if controllers else CGROUPS
+            own = tree / group.strip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(tree))
+
+
+def read_numbers(folder: Path, *files: str) -> list[int]:
+    """Return the numbers in files of a control group. Errors: OSError, or ValueError for "max"."""
+    return [int(n) for file in files for n in (folder / file).read_text(encoding="utf-8").split()]
+
+
+def usable_cpus() -> int:
+    """Return how many processors may work for this process at once, by its affinity and quota."""
+    usable = os.cpu_count() or 1
+    with suppress(AttributeError):  # macOS binds no process to a processor
+        usable = len(psutil.Process().cpu_affinity())
+    for folder in own_cgroups("cpu"):
+        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # versions 2 and 1
+            with suppress(OSError, ValueError):
+                quota, period = read_numbers(folder, *files)
+                usable = min(usable, math.ceil(quota / period)) if quota > 0 else usable
+    return usable
+
+
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc, where there is one, to keep what is freed: the next training step needs
-    it again.
+    """Tell glibc's malloc, where there is one, to keep what is freed, for the next training step.
 
     By default the memory of large tensors goes back to Linux after each use and returns as new
     pages of zeros, which slows the step down on the CPU.
@@ -55,13 +99,11 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
-        mallopt(
-            -1, -1
-        )  # M_TRIM_THRESHOLD: never give back to Linux what is free at the end of the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back what is free at the end of the heap
 
 
 def layers(recipe: BaseModel) -> Iterator[tuple[int, int, int]]:
-    """Yield level, input channels and output channels of every `conv_plus_conv` of a recipe's U-Net."""
+    """Yield level, input and output channels of every `conv_plus_conv` of a recipe's U-Net."""
     b, depth = recipe.BASE_CHANNELS, recipe.DEPTH
     for level in range(depth):
         yield level, b * 2 ** (level - 1) if level else 3, b * 2**level
@@ -71,12 +113,15 @@ def layers(recipe: BaseModel) -> Iterator[tuple[int, int, int]]:
 
 
 def count_weights(recipe: BaseModel) -> int:
-    """Return about how many weights a recipe's U-Net has: those of its 3 x 3 convolutions, which are nearly all."""
+    """Return about how many weights a recipe's U-Net has: those of its 3 x 3 convolutions."""
     return sum(9 * (coming * out + out * out) for _, coming, out in layers(recipe))
 
 
 def room_for(recipe: BaseModel) -> int:
-    """Return how many bytes a run needs on the disk: three checkpoints (one is being written), weights, figures."""
+    """Return how many bytes a run needs on the disk.
+
+    That is for three checkpoints (one is being written), weights and figures.
+    """
     return 3 * 16 * count_weights(recipe) + 2 * 2 * count_weights(recipe) + 30_000_000
 
 
@@ -93,25 +138,23 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
     training = recipe.BATCH_SIZE * (4 * tensors + 200 * side)
     scoring = 32 * (32 * recipe.BASE_CHANNELS * side + 80 * score)
     tests = int(images.get("test", 0))
-    looking = (
-        75 * score * len(range(0, tests, max(1, tests // 400)))
-    )  # the cells on errors and sureness take some
+    looked_at = len(range(0, tests, max(1, tests // 400)))  # by the cells on errors and sureness
+    looking = 75 * score * looked_at
     if pick_device(recipe.DEVICE).type != "cpu":
         training = scoring = 0  # a device's own memory is not forecast
     return int(1.2e9 + data + 70 * count_weights(recipe) + max(training, scoring, looking))
 
 
 def free_memory() -> int:
-    """Return how many bytes this process has or can still get, in its container where there is one."""
+    """Return how many bytes this process has or can still get, in its container if any."""
     free = psutil.virtual_memory().available
-    with suppress(
-        OSError, ValueError, TypeError
-    ):  # without a container there are no such files, or they say "max"
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cache = re.search(
-            r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE
-        )
-        free = min(free, limit - used + int(cache[1]))  # what is cached of files gives way
+    for folder in own_cgroups("memory"):
+        for names in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):  # versions 2 and 1
+            with suppress(OSError, ValueError):
+                limit, used = read_numbers(folder, *(f"memory.{name}" for name in names))
+                told = (folder / "memory.stat").read_text(encoding="utf-8")
+                cached = re.findall(r"^(?:total_)?inactive_file (\d+)", told, re.MULTILINE)
+                free = min(free, limit - used + int([0, *cached][-1]))  # cached files give way
     own = psutil.Process().memory_info()
     with suppress(AttributeError):  # only Linux tells
         limit, _ = psutil.Process().rlimit(psutil.RLIMIT_AS)
@@ -125,39 +168,30 @@ def memory_told() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "alloc|out of memory|could not create", str(error)
-        ):
+        of_memory = re.search("alloc|out of memory|could not create", str(error))
+        if isinstance(error, RuntimeError) and not of_memory:
             raise
-        raise InputError(
-            "the memory ran out: make BATCH_SIZE, IMAGE_SIZE, SCORE_SIZE or LIMIT smaller."
-        ) from None
+        what = "make BATCH_SIZE, IMAGE_SIZE, SCORE_SIZE or LIMIT smaller"
+        raise InputError(f"the memory ran out: {what}.") from None
 
 
 def check_memory(recipe: BaseModel, images: dict[str, int]) -> None:
-    """Raise `InputError`, naming a size that fits, unless the memory is enough for a run over so many images."""
+    """Raise `InputError`, naming a size that fits, unless the memory is enough for a run."""
     free, need = free_memory(), forecast(recipe, images)
     if need <= free:
         return
     stride = 2**recipe.DEPTH
-    fits = "take a machine with more memory"
     least_side = max(recipe.small_sides, default=stride)
-    for name, least in (
-        ("SCORE_SIZE", 8),
-        ("BATCH_SIZE", 2),
-        ("IMAGE_SIZE", least_side),
-        ("BASE_CHANNELS", 1),
-    ):
+    least_of = {"SCORE_SIZE": 8, "BATCH_SIZE": 2, "IMAGE_SIZE": least_side, "BASE_CHANNELS": 1}
+    fits = "take a machine with more memory"
+    for name, least in least_of.items():
         value = getattr(recipe, name)
         step = stride if name == "IMAGE_SIZE" else 1
-        smaller = [
-            v
-            for v in range(value - step, least - 1, -step)
-            if forecast(recipe.model_copy(update={name: v}), images) <= free
-        ]
-        if smaller:
-            fits = f"{name} {smaller[0]} fits, where it is {value}"
+        smaller = range(value - step, least - 1, -step)
+        tried = ((v, forecast(recipe.model_copy(update={name: v}), images)) for v in smaller)
+        first = next((v for v, bytes_ in tried if bytes_ <= free), None)
+        if first:
+            fits = f"{name} {first} fits, where it is {value}"
             break
-    raise InputError(
-        f"this run needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: {fits}."
-    )
+    told = f"this run needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+    raise InputError(f"{told}: {fits}.")

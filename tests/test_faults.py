@@ -37,6 +37,8 @@ from PIL import Image
 from torchvision.datasets import OxfordIIITPet
 
 import petseg_utils as pets
+from experiments import run_notebook, sweep
+from experiments.read_runs import find_runs
 from petseg_utils import (
     InputError,
     Recipe,
@@ -46,7 +48,7 @@ from petseg_utils import (
     save_tensors,
     train,
 )
-from support import machine, run_notebook, safe_files, sweep, tensor_files
+from support import machine, safe_files, tensor_files
 
 LONG = os.environ.get("PETSEG_FAULTS") == "long"
 KILLS, FLIPS, EXAMPLES = (30, 2000, 400) if LONG else (2, 200, 20)
@@ -1139,7 +1141,7 @@ VERY_LONG = "猫x" * 2000
     lambda: Recipe(**{VERY_LONG: 1}), lambda: Recipe(EPOCHS=VERY_LONG), lambda: Recipe(RUN_NAME=VERY_LONG),
     lambda: pets.find_dataset(VERY_LONG), lambda: pets.open_image(VERY_LONG),
     lambda: run_notebook.run(VERY_LONG), lambda: sweep.main(VERY_LONG), lambda: sweep.main("", workers=VERY_LONG),
-    lambda: sweep.find_runs(VERY_LONG), lambda: sweep.check_runs({"a": {VERY_LONG: 1}}),
+    lambda: find_runs(VERY_LONG), lambda: sweep.check_runs({"a": {VERY_LONG: 1}}),
 ], ids=["name", "value", "RUN_NAME", "DATA_DIR", "PHOTO", "NAME", "GRID", "WORKERS", "RUNS", "in a grid"])  # fmt: skip
 def test_very_long_name_or_value_is_not_repeated_whole(act):
     with pytest.raises(InputError) as caught:
@@ -1381,7 +1383,7 @@ def start(name: str, *options: str) -> subprocess.Popen:
     """Start what `make run` starts."""
     values = ("IMAGE_SIZE 32", "BASE_CHANNELS 4", "DEPTH 2", "EPOCHS 1", "LIMIT 60", "BATCH_SIZE 8")
     words = [word for value in (*values, *options) for word in ("-p", *value.split(" ", 1))]
-    command = [sys.executable, "-m", "support.command", "run", name, *words]
+    command = [sys.executable, "-m", "experiments.command", "run", name, *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT
     )
@@ -1407,7 +1409,7 @@ def test_last_line_of_make_run_is_the_sentence():
     [["run", "../zz"], ["compare", "-r", "RUNS", "runs/nowhere"], ["photo", ""], ["sweep", ""]],
 )
 def test_interrupt_while_the_modules_load_ends_in_one_sentence(words):
-    command = [sys.executable, "-m", "support.command", *words]
+    command = [sys.executable, "-m", "experiments.command", *words]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, cwd=pets.ROOT, start_new_session=True
     )

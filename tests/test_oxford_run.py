@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import petseg_utils as pets
-from support.sweep import cut
+from experiments.tables import cut
 
 FOLDER = pets.ROOT / "notebooks" / "oxford_run"
 RUN = pets.read_run(FOLDER)
@@ -141,7 +141,7 @@ def test_kept_weights_are_small_and_fit_the_reference_net():
 
 
 def test_kept_weights_know_pets(oxford):
-    """A few test images, for speed; benchmarks/score.py scores all of them."""
+    """A few test images, for speed; experiments/score.py scores all of them."""
     names = pets.read_split(oxford, "test")[::120]
     few = pets.load_pets(oxford, names, RECIPE.IMAGE_SIZE, mask_side=RECIPE.SCORE_SIZE)
     matrices = pets.evaluate(kept_model(), few, torch.float32, flip=RECIPE.FLIP)
@@ -201,7 +201,7 @@ def test_readme_tells_how_the_kept_run_went():
 
 
 def test_readme_quotes_the_same_recipe_with_another_seed():
-    other = json.loads((pets.ROOT / "benchmarks" / "second_seed.json").read_text())
+    other = json.loads((pets.ROOT / "experiments" / "second_seed.json").read_text())
     differs = {
         name for name, value in other["parameters"].items() if value != RUN["parameters"][name]
     }

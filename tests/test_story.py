@@ -14,8 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import petseg_utils as pets
-from support import run_notebook
-from support.sweep import cut
+from experiments import run_notebook
+from experiments.tables import cut
 
 NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
 CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
@@ -392,7 +392,7 @@ def test_a_run_stores_only_the_last_state_of_a_progress_bar(tmp_path, monkeypatc
 
 
 def photo(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "support.command", "photo", *words]
+    command = [sys.executable, "-m", "experiments.command", "photo", *words]
     return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True)
 
 

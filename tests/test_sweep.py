@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 
 import petseg_utils as pets
-from support import sweep
+from experiments import sweep
 
 TINY = {"IMAGE_SIZE": 32, "DEPTH": 2, "BASE_CHANNELS": 4, "EPOCHS": 1, "LIMIT": 60, "BATCH_SIZE": 8}
 
@@ -77,7 +77,7 @@ def test_a_wrong_parameter_ends_in_a_sentence_that_names_the_run_before_any_star
 
 
 def test_the_ablations_are_a_grid_of_valid_recipes():
-    grid = sweep.read_grid(pets.ROOT / "benchmarks" / "ablations.json")
+    grid = sweep.read_grid(pets.ROOT / "experiments" / "ablations.json")
     assert len(sweep.check_runs(grid)) == len(grid) >= 30
 
 
@@ -232,7 +232,7 @@ def test_a_run_of_a_killed_worker_goes_on_from_its_checkpoint_on_another(
         command = [
             sys.executable,
             "-m",
-            "support.command",
+            "experiments.command",
             "sweep",
             str(tmp_path / f"{stem}.json"),
             address,

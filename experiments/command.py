@@ -1,8 +1,7 @@
-"""Start one of the Makefile's commands: python -m support.command run, compare, photo or sweep,
-with its arguments.
+"""Start one of the Makefile's commands: python -m experiments.command run, compare, photo or sweep.
 
-Whatever goes wrong ends in one sentence, and so does Ctrl-C, even in the seconds in which the
-modules are loading.
+Their arguments follow. Whatever goes wrong ends in one sentence, and so does Ctrl-C, even in the
+seconds in which the modules are loading.
 """
 
 import os
@@ -12,16 +11,17 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 
 COMMANDS = {
-    "run": "support.run_notebook:run",
-    "compare": "support.run_notebook:compare",
-    "photo": "support.photo:main",
-    "sweep": "support.sweep:main",
+    "run": "experiments.run_notebook:run",
+    "compare": "experiments.run_notebook:compare",
+    "photo": "experiments.photo:main",
+    "sweep": "experiments.sweep:main",
 }
 
 
 def as_script(main: Callable[..., object], usage: str | None) -> None:
-    """Call `main` with the command line's arguments and exit: a mistake ends in one sentence, and not with 0."""
-    import inspect  # here, like all that takes a while to load: until `stop` is in place, Ctrl-C leaves a trace
+    """Call `main` with the command line's arguments and exit: a mistake ends in one sentence."""
+    # Here, like all that takes a while to load: until `stop` is in place, Ctrl-C leaves a trace.
+    import inspect
 
     from support.parameters import InputError
 
@@ -34,9 +34,7 @@ def as_script(main: Callable[..., object], usage: str | None) -> None:
     except InputError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit(
-            "\nInterrupted: what is complete is kept, and the same command goes on from there."
-        )
+        sys.exit("\nInterrupted: what is complete is kept; the same command goes on from there.")
 
 
 def stop(*_: object) -> None:

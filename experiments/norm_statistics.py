@@ -1,11 +1,10 @@
-"""What it is worth to measure BatchNorm's statistics for the averaged weights, instead of taking
-those of the last.
+"""What it is worth to measure BatchNorm's statistics anew for the averaged weights.
 
-    python -m benchmarks.norm_statistics FOLDER   trains the base of the ablations; FOLDER holds
-    oxford-iiit-pet python -m benchmarks.norm_statistics          prints the table of the README
-    from the result that is kept
+    python -m experiments.norm_statistics FOLDER   trains the base of the ablations, scores it
+    python -m experiments.norm_statistics          prints the README's table from the kept result
 
-After every epoch the same averaged weights are scored twice on the held-out images. Writes
+FOLDER holds oxford-iiit-pet. After every epoch the same averaged weights are scored twice on the
+held-out images, with statistics that training gathered and that were measured anew. Writes
 norm_statistics.json.
 """
 
@@ -17,22 +16,22 @@ import torch
 from torch import nn
 
 import petseg_utils as pets
-from benchmarks import ablations, peer
-from support.command import as_script
-from support.sweep import cut, write_json
+from experiments import ablations, peer
+from experiments.command import as_script
+from experiments.tables import cut, markdown, write_json
 
 KEPT = Path(__file__).with_suffix(".json")
 
 
 def with_statistics_of(averaged: nn.Module, model: nn.Module) -> nn.Module:
-    """Return a copy of the averaged weights with the running means and variances that training gathered in `model`."""
+    """Return a copy of the averaged weights with the statistics that training gave `model`."""
     averaged = deepcopy(averaged)
     averaged.load_state_dict(averaged.state_dict() | dict(model.named_buffers()))
     return averaged
 
 
 def follow(folder: Path, recipe: pets.Recipe) -> list[dict]:
-    """Train by `recipe` and return both pixel accuracies of the averaged weights after every epoch."""
+    """Train by `recipe` and return both accuracies of the averaged weights after every epoch."""
     train_pets, valid_pets, _ = peer.load(folder, recipe)
     device = pets.pick_device(recipe.DEVICE)
     precision = pets.pick_precision(recipe.PRECISION, device)
@@ -49,25 +48,24 @@ def follow(folder: Path, recipe: pets.Recipe) -> list[dict]:
 
 
 def table(kept: dict[str, list[dict]]) -> str:
-    """Return both accuracies after every epoch as Markdown, with a column for each seed and kind of statistics."""
-    heads = [f"{kind}, seed {seed}" for seed in kept for kind in ("gathered", "measured")]
-    lines = [f"| epoch | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for epoch, rows in enumerate(zip(*kept.values(), strict=True), 1):
-        cells = [
-            f"{cut(100 * row[kind], 2)} %" for row in rows for kind in ("gathered", "measured")
-        ]
-        lines.append(f"| {epoch} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Return both accuracies after every epoch as Markdown, in columns for each seed."""
+    columns = {
+        f"{kind}, seed {seed}": [f"{cut(100 * row[kind], 2)} %" for row in rows]
+        for seed, rows in kept.items()
+        for kind in ("gathered", "measured")
+    }
+    epochs = enumerate(zip(*columns.values(), strict=True), 1)
+    return markdown(["epoch", *columns], [[str(epoch), *cells] for epoch, cells in epochs])
 
 
 def main(data_dir: str = "") -> None:
     """Train, if a folder is given, and print the table."""
     if data_dir:
         folder = pets.find_dataset(data_dir)
-        grid = json.loads(ablations.GRIDS["ablations"].read_text())
+        grid = json.loads(ablations.GRIDS["ablations"].read_text(encoding="utf-8"))
         recipes = [pets.Recipe(**grid["base"], SEED=seed) for seed in grid["seeds"]]
         write_json(KEPT, {str(recipe.SEED): follow(folder, recipe) for recipe in recipes})
-    print(table(json.loads(KEPT.read_text())))
+    print(table(json.loads(KEPT.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,30 @@
-"""The benchmarks: their tables are those that are shown, and what is malformed ends in a sentence before long work."""
+"""The experiments: the tables that are shown, and mistakes told before long work."""
 
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import petseg_utils as pets
-from benchmarks import ablations, norm_statistics, peer, score, throughput
-from support import sweep
+from experiments import ablations, norm_statistics, peer, score, sweep, throughput
+from experiments.compare import group_runs
+from experiments.read_runs import check_run, find_runs, read_table
+from experiments.tables import cut
 
-
-@pytest.fixture
-def tiny_pets() -> pets.Pets:
-    """Eight pictures of noise, 16 x 16 pixels."""
-    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
-    return pets.Pets([f"pug_{i}" for i in range(8)], images, images[:, 0] % 3)
-
-
-FOLDER = pets.ROOT / "benchmarks"
-SHOWN = (FOLDER / "README.md").read_text()
+FOLDER = pets.ROOT / "experiments"
+SHOWN = (FOLDER / "README.md").read_text(encoding="utf-8")
 KEPT = pets.ROOT / "notebooks" / "oxford_run"
 
 
 def run_module(*arguments: object) -> subprocess.CompletedProcess:
-    """Run a module of the benchmarks as a person would."""
+    """Run a module of the experiments as a person would."""
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
 
@@ -36,47 +33,40 @@ def run_module(*arguments: object) -> subprocess.CompletedProcess:
     "command", ["ablations", "ablations optimisers", "norm_statistics", "peer"]
 )
 def test_the_table_that_is_shown_is_what_the_module_prints(command):
-    printed = run_module(*f"benchmarks.{command}".split())
+    printed = run_module(*f"experiments.{command}".split())
     assert printed.returncode == 0, printed.stderr
     assert printed.stdout.count("\n") > 5
     assert printed.stdout in SHOWN
 
 
 def test_the_table_of_the_speed_is_that_of_the_kept_result():
-    kept = [
-        json.loads((FOLDER / f"throughput_{name}.json").read_text())
-        for name in ("float32", "bfloat16")
-    ]
-    assert throughput.table(*(one["headline"] for one in kept)) in SHOWN
+    files = [FOLDER / f"throughput_{name}.json" for name in ("float32", "bfloat16")]
+    kept = [json.loads(file.read_text(encoding="utf-8"))["headline"] for file in files]
+    assert throughput.table(*kept) in SHOWN
 
 
 @pytest.mark.parametrize("grid", ablations.GRIDS)
-def test_the_kept_runs_are_all_those_of_the_grid(grid):
+def test_the_kept_runs_are_those_of_the_grid_and_a_change_repeats_one_recipe(grid):
     wanted = sweep.read_grid(FOLDER / f"{grid}.json")
-    kept, _ = sweep.find_runs(f"benchmarks/{grid}.csv")
+    kept, _ = find_runs(f"experiments/{grid}.csv")
     assert [f"{grid}_{run.name}" for run in kept] == list(wanted)
     for run in kept:
-        parameters = pets.Recipe(**wanted[f"{grid}_{run.name}"]).model_dump(
-            exclude=pets.Recipe.PLACES
-        )
+        recipe = pets.Recipe(**wanted[f"{grid}_{run.name}"])
+        parameters = recipe.model_dump(exclude=pets.Recipe.PLACES)
         assert {name: run.parameters[name] for name in parameters} == parameters
-
-
-@pytest.mark.parametrize("grid", ablations.GRIDS)
-def test_the_kept_runs_of_a_change_repeat_one_recipe(grid):
-    kept, _ = sweep.find_runs(f"benchmarks/{grid}.csv")
-    (rows,) = sweep.group_runs(kept).values()
-    grouped = sorted([run.name for run in row.runs] for row in rows)
-    assert grouped == sorted([f"{row.name}_seed_0", f"{row.name}_seed_1"] for row in rows)
+    (rows,) = group_runs(kept).values()
+    for row in rows:
+        assert [run.name for run in row.runs] == [f"{row.name}_seed_0", f"{row.name}_seed_1"]
 
 
 @pytest.mark.parametrize("grid", ablations.GRIDS)
 def test_a_gain_lies_within_its_interval_and_a_rows_scores_are_means_of_its_seeds(grid):
-    kept = ablations.read_results(FOLDER / f"{grid}.csv")
-    rows = [line.split("|")[1:-1] for line in ablations.table(kept).splitlines()[2:]]
-    assert len(rows) == len(kept)
-    for row, runs in zip(rows, kept.values(), strict=True):
-        mean = sum(100 * float(run["test.pixel_accuracy"]) for run in runs.values()) / len(runs)
+    kept = read_table(FOLDER / f"{grid}.csv")
+    table = ablations.table(ablations.read_results(FOLDER / f"{grid}.csv"))
+    rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+    assert 2 * len(rows) == len(kept)
+    for row, first, second in zip(rows, kept[::2], kept[1::2], strict=True):
+        mean = 50 * (first.row["test.pixel_accuracy"] + second.row["test.pixel_accuracy"])
         assert 0 <= mean - float(row[1].strip(" %")) < 0.0101  # cut, not rounded
         for cell in filter(None, map(str.strip, row[2:4])):
             points, low, high = map(float, re.findall(r"[+-]?[\d.]+", cell))
@@ -84,26 +74,21 @@ def test_a_gain_lies_within_its_interval_and_a_rows_scores_are_means_of_its_seed
 
 
 def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
-    template = sweep.check_run(pets.read_run(KEPT))
-    matrix = torch.tensor([[5, 2, 3], [1, 8, 1], [2, 2, 6]]).flatten().numpy()
+    template = check_run(pets.read_run(KEPT))
+    matrix = np.array([5, 2, 3, 1, 8, 1, 2, 2, 6])
     runs = []
     for change, more in (("base", 0), ("no_skips", 2)):
-        counts = {
-            "test": {
-                f"image_{i}": matrix + more * (torch.arange(9) == i % 9).numpy() for i in range(20)
-            }
-        }
-        runs.append(
-            template.model_copy(update={"name": f"ablations_{change}_seed_0", "counts": counts})
-        )
+        counts = {f"image_{i}": matrix + more * (np.arange(9) == i % 9) for i in range(20)}
+        row = template.row | {"name": f"ablations_{change}_seed_0"}
+        runs.append(template.model_copy(update={"row": row, "counts": {"test": counts}}))
     ablations.write_results(runs, "ablations", tmp_path / "table.csv")
 
     rows = ablations.read_results(tmp_path / "table.csv")
-    assert list(rows) == ["base", "no_skips"]
-    assert rows["base"][0]["gain_low"] == ""
-    assert float(rows["no_skips"][0]["gain_low"]) < float(rows["no_skips"][0]["gain_high"])
-    again = sweep.read_table(tmp_path / "table.csv")
-    assert again[0].test.pixel_accuracy == pytest.approx(template.test.pixel_accuracy, abs=1e-6)
+    assert list(rows.index) == [("base", "0"), ("no_skips", "0")]
+    assert rows["gain_low"].isna().tolist() == [True, False]
+    assert rows["gain_low"].iloc[1] < rows["gain_high"].iloc[1]
+    again = read_table(tmp_path / "table.csv")
+    assert again[0].row == pytest.approx(runs[0].row | {"name": "base_seed_0"}, abs=1e-6)
     assert again[1].recipe == template.recipe
 
 
@@ -111,32 +96,37 @@ def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(tmp_path, monkeypa
     (tmp_path / "oxford-iiit-pet").mkdir()
     shutil.copy(ablations.GRIDS["ablations"], tmp_path)
     table = tmp_path / "ablations.csv"
-    table.write_bytes((FOLDER / "ablations.csv").read_bytes())
+    table.write_text("kept")
     outcomes = [
         {"run": KEPT.name, "outcome": "made", "why": ""},
         {"run": "x", "outcome": "failed", "why": "no disk"},
     ]
     monkeypatch.setattr(ablations, "GRIDS", {"ablations": tmp_path / "ablations.json"})
     monkeypatch.setattr(sweep, "make_runs", lambda runs, cluster: outcomes)
-    monkeypatch.setattr(sweep, "find_runs", lambda folders: ([], []))
+    monkeypatch.setattr(ablations, "find_runs", lambda folders: ([], []))
     assert ablations.main(str(tmp_path)) == 1
     assert "failed x: no disk" in capsys.readouterr().out
-    assert table.read_bytes() == (FOLDER / "ablations.csv").read_bytes()
+    assert table.read_text() == "kept"
 
 
-def test_the_peer_trains_by_the_recipe_that_it_records(tiny_pets):
-    recipe = peer.recipes()["AdamW"].but(
-        IMAGE_SIZE=16, DEPTH=2, BASE_CHANNELS=4, BATCH_SIZE=4, EPOCHS=2
-    )
+def test_the_peer_trains_by_the_recipe_that_it_records(pets_of_noise):
+    small = {"IMAGE_SIZE": 16, "DEPTH": 2, "BASE_CHANNELS": 4, "BATCH_SIZE": 4, "EPOCHS": 2}
+    recipe = peer.recipes()["AdamW"].but(**small)
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 3, 1)
     )
     before = net[0].weight.clone()
-    result = peer.train_and_score(net, (tiny_pets, tiny_pets, tiny_pets), recipe)
+    result = peer.train_and_score(net, (pets_of_noise,) * 3, recipe)
     assert not torch.equal(net[0].weight, before)
     assert pets.Recipe(**result["recipe"]) == recipe
     assert result["test"]["confusion_matrix"]
     assert result["parameters"] == sum(p.numel() for p in net.parameters())
+
+
+@pytest.fixture
+def pets_of_noise() -> pets.Pets:
+    """Eight pictures of noise, 16 x 16 pixels."""
+    return throughput.random_pets(8, 16)
 
 
 def test_both_optimisers_of_the_peer_differ_in_nothing_else():
@@ -174,23 +164,19 @@ def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
     names = list(throughput.HEADLINE)
     assert order == names * 6
     assert seconds["plain"] == len(names) + 1  # the least after the round that warms up
-    assert [name for name in names if not throughput.HEADLINE[name][0]] == [
-        "plain",
-        "memory not kept",
-    ]
+    not_kept = [name for name, (keep, _) in throughput.HEADLINE.items() if not keep]
+    assert not_kept == ["plain", "memory not kept"]
 
 
 # ----------------------------------------------------------------------------------------- score.py
 
 
-def damaged(change) -> str:
-    """Return the metrics.json of the kept run, as if it had been scored on twelve images, with a change."""
+def damaged(change: Callable[[dict], object]) -> bytes:
+    """Return the kept run's metrics.json, changed, as if it had been scored on twelve images."""
     metrics = json.loads((KEPT / "metrics.json").read_text())
-    metrics["test"]["images"] = (
-        12  # as many as the drawn dataset has, so that only the change is wrong
-    )
+    metrics["test"]["images"] = 12  # like the drawn dataset, so that only the change is wrong
     change(metrics)
-    return json.dumps(metrics)
+    return json.dumps(metrics).encode()
 
 
 MALFORMED = {
@@ -227,13 +213,13 @@ def no_long_work(monkeypatch):
 
 
 @pytest.fixture
-def run_copy(tmp_path):
+def run_copy(tmp_path) -> Path:
     """A copy of the kept run, without its notebook."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("history.csv", "weights.pt"):
         shutil.copy(KEPT / name, folder)
-    (folder / "metrics.json").write_text(damaged(lambda metrics: None))
+    (folder / "metrics.json").write_bytes(damaged(lambda metrics: None))
     return folder
 
 
@@ -241,10 +227,7 @@ def run_copy(tmp_path):
 def test_a_malformed_run_is_refused_in_a_sentence_before_the_work(
     name, run_copy, sample, no_long_work, complains
 ):
-    content = MALFORMED[name]
-    (run_copy / "metrics.json").write_bytes(
-        content if isinstance(content, bytes) else content.encode()
-    )
+    (run_copy / "metrics.json").write_bytes(MALFORMED[name])
     with complains():
         score.main(str(sample.parent), str(run_copy))
 
@@ -267,7 +250,7 @@ def test_a_damaged_file_is_refused_in_a_sentence_before_the_work(
     "arguments", [("nowhere",), ("README.md",), ("x" * 300,), (".", "nowhere"), (".", "README.md")]
 )
 def test_a_wrong_folder_ends_in_a_sentence_and_not_with_0(arguments):
-    done = run_module("benchmarks.score", *arguments)
+    done = run_module("experiments.score", *arguments)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.strip().endswith(".")
@@ -275,13 +258,13 @@ def test_a_wrong_folder_ends_in_a_sentence_and_not_with_0(arguments):
 
 @pytest.mark.parametrize("arguments", [(), (".", ".", ".")])
 def test_wrong_usage_shows_the_usage(arguments):
-    done = run_module("benchmarks.score", *arguments)
+    done = run_module("experiments.score", *arguments)
     assert done.returncode == 1
-    assert "python -m benchmarks.score FOLDER [RUN]" in done.stderr
+    assert "python -m experiments.score FOLDER [RUN]" in done.stderr
 
 
 def test_weights_are_scored_again(run_copy, sample, capsys):
-    """The kept net on twelve drawings: what is said to be then is made up, what is now is computed."""
+    """The kept net on twelve drawings: the score then is made up, the score now computed."""
     metrics = json.loads((run_copy / "metrics.json").read_text())
     score.main(str(sample.parent), str(run_copy))
     lines = capsys.readouterr().out.splitlines()
@@ -297,7 +280,7 @@ def test_weights_are_scored_again(run_copy, sample, capsys):
     [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")],
 )
 def test_cut_never_rounds_up(value, digits, words):
-    assert sweep.cut(value, digits) == words
+    assert cut(value, digits) == words
 
 
 def test_statistics_that_training_gathered_replace_those_that_were_measured():

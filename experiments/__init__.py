@@ -1,0 +1,1 @@
+"""The commands, and what the parts buy, what a step costs, a peer, and a check of kept weights."""

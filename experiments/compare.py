@@ -1,0 +1,224 @@
+"""Put runs side by side: what a change was worth, and whether it is more than chance.
+
+`compare_runs.ipynb` shows it. The interval is a bootstrap of our own: scipy's draws the images one
+by one, where a draw here is a row of counts, so that one matrix product scores two thousand draws.
+"""
+
+import html
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+
+import petseg_utils as pets
+from experiments.read_runs import Run
+from experiments.tables import cut
+from petseg_utils import InputError
+
+# --------------------------------------------------------------------------------------- statistics
+
+
+def pixel_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Return the share of pixels that are right, by confusion counts (..., K * K)."""
+    return counts[..., :: len(pets.CLASSES) + 1].sum(-1) / counts.sum(-1)
+
+
+def iou(counts: np.ndarray) -> np.ndarray:
+    """Return each class's IoU, (..., K), by confusion counts (..., K * K); NaN if not there."""
+    matrix = counts.reshape(*counts.shape[:-1], len(pets.CLASSES), len(pets.CLASSES))
+    right = matrix.diagonal(axis1=-2, axis2=-1)
+    union = matrix.sum(-1) + matrix.sum(-2) - right
+    return np.divide(right, union, out=np.full(right.shape, np.nan), where=union > 0)
+
+
+def mean_iou(counts: np.ndarray) -> np.ndarray:
+    """Return the mean over the classes that are there, by confusion counts (..., K * K)."""
+    return np.nanmean(iou(counts), axis=-1)
+
+
+def border_iou(counts: np.ndarray) -> np.ndarray:
+    """Return the IoU of the border, by confusion counts (..., K * K)."""
+    return iou(counts)[..., -1]
+
+
+# The same scores of a whole split, for runs whose images' counts are not known.
+WHOLE = {pixel_accuracy: "pixel_accuracy", mean_iou: "mean_iou", border_iou: "iou.border"}
+
+
+class Estimate(NamedTuple):
+    """A score, or the difference of two, and its 95 % interval: NaN without images' counts."""
+
+    value: float
+    low: float = np.nan
+    high: float = np.nan
+
+    @property
+    def points(self) -> str:
+        """The difference of two scores in percentage points."""
+        value, low, high = (f"{100 * number:+.2f}" for number in self)
+        return value if np.isnan(self.low) else f"{value} ({low} to {high})"
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says about a gain."""
+        return "yes" if self.low > 0 else "no, it harms" if self.high < 0 else "can't be told"
+
+
+@lru_cache(maxsize=2)
+def resample(images: int, times: int = 2000) -> np.ndarray:
+    """Return how often each image occurs in draws with replacement, (times, images)."""
+    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), times)
+    return draws.astype(np.float64)  # floats multiply fast, and are exact up to 2**53
+
+
+def estimate(
+    score: Callable[[np.ndarray], np.ndarray],
+    runs: list[dict[str, np.ndarray]],
+    bases: list[dict[str, np.ndarray]] | None = None,
+) -> Estimate:
+    """Return the mean score of runs, or its gain over their bases, with a bootstrap interval.
+
+    A run is given by the confusion counts of its images, {name: (K * K,)}. Runs and bases are
+    paired: a draw has the same images for all, so that what is hard for every net cancels out. The
+    interval says what other images might have given, not what other seeds might.
+    Errors: `InputError` for a run and a base with other images.
+    """
+    if bases and any(run.keys() != base.keys() for run, base in zip(runs, bases, strict=True)):
+        mend = "compare runs with the same LIMIT and SEED"
+        raise InputError(f"a run and its base were scored on other images: {mend}.")
+    names = sorted({name for run in runs for name in run})
+    weights = np.vstack([np.ones(len(names)), resample(len(names))])  # first the images as they are
+
+    def scored(counts: dict[str, np.ndarray]) -> np.ndarray:
+        none = np.zeros(len(pets.CLASSES) ** 2)  # another seed may have held out other images
+        return score(weights @ np.array([counts.get(name, none) for name in names]))
+
+    drawn = np.mean([scored(run) for run in runs], axis=0)
+    if bases:
+        drawn = drawn - np.mean([scored(base) for base in bases], axis=0)
+    return Estimate(float(drawn[0]), *map(float, np.nanpercentile(drawn[1:], [2.5, 97.5])))
+
+
+# --------------------------------------------------------------------------------------- comparison
+
+
+class Repeated(NamedTuple):
+    """Runs that differ in their seed alone; scores have their names in a table, "test.mean_iou"."""
+
+    name: str
+    runs: list[Run]
+
+    def mean(self, score: str) -> float:
+        """Return the mean of a score over the seeds; a class that is not there counts 0."""
+        return float(np.mean([run.row[score] or 0 for run in self.runs]))
+
+    def shown(self, score: str) -> str:
+        """Return the mean in percent, cut, and of several seeds half of the range, rounded up."""
+        every = [100 * run.row[score] for run in self.runs]
+        spread = f" ± {-float(cut((min(every) - max(every)) / 2, 2)):.2f}" if len(every) > 1 else ""
+        return cut(float(np.mean(every)), 2) + spread
+
+    def gain(self, base: "Repeated", split: str, score: Callable = mean_iou) -> Estimate:
+        """Return the gain on a split over a base, over the seeds that both have."""
+        seeds = {run.seed: run for run in base.runs}
+        pairs = [(run, seeds[run.seed]) for run in self.runs if run.seed in seeds]
+        if not pairs:
+            return Estimate(np.nan)
+        if all(split in run.counts for pair in pairs for run in pair):
+            own, others = ([run.counts[split] for run in runs] for runs in zip(*pairs, strict=True))
+            return estimate(score, own, others)
+        own, others = (
+            Repeated("", list(runs)).mean(f"{split}.{WHOLE[score]}")
+            for runs in zip(*pairs, strict=True)
+        )
+        return Estimate(own - others)
+
+
+def group_runs(runs: list[Run]) -> dict[tuple, list[Repeated]]:
+    """Return the runs by what they were tested on, folded over seeds, the best validation first."""
+    groups: dict[tuple, list[Repeated]] = {}
+    ordered = sorted(runs, key=lambda run: (run.test_of, run.recipe, run.seed))
+    for (test_of, _), same in groupby(ordered, key=lambda run: (run.test_of, run.recipe)):
+        repeated = list(same)
+        name = re.sub(r"_seed_\d+$", "", repeated[0].name)
+        groups.setdefault(test_of, []).append(Repeated(name, repeated))
+    for rows in groups.values():
+        rows.sort(key=lambda row: -row.mean("valid.mean_iou"))
+    return groups
+
+
+def find_base(rows: list[Repeated], base: str) -> Repeated | None:
+    """Return the row called `base`, or whose name ends in _`base`."""
+    return next((row for row in rows if row.name == base or row.name.endswith(f"_{base}")), None)
+
+
+def comparison(rows: list[Repeated], base: Repeated | None) -> list[dict[str, object]]:
+    """Return rows for `html_table`: scores in percent, gains over the base in points.
+
+    Of the parameters, those are shown in which the rows differ.
+    """
+    parameters = pd.DataFrame([row.runs[0].parameters for row in rows], dtype=object).fillna("–")
+    places = [*pets.Recipe.PLACES, "SEED"]
+    parameters = parameters.drop(columns=places, errors="ignore")
+    different = parameters.columns[parameters.astype(str).nunique() > 1]
+    table = []
+    for place, row in enumerate(rows):
+        first = row.runs[0].row
+        gains = {
+            split: row.gain(base, split).points if base and base is not row else "–"
+            for split in ("valid", "test")
+        }
+        table.append(
+            {
+                "run": row.name,
+                "place": place + 1,
+                "seeds": ", ".join(str(run.seed) for run in row.runs),
+                "validation mean IoU, %": row.shown("valid.mean_iou"),
+                "gain (95 %)": gains["valid"],
+                "test mean IoU, %": row.shown("test.mean_iou"),
+                "test gain (95 %)": gains["test"],
+                "test accuracy, %": row.shown("test.pixel_accuracy"),
+                "net's parameters": f"{first['model.parameters']:,}",
+                "GFLOP": f"{first['model.flops'] / 1e9:.3g}",
+                "seconds": f"{row.mean('training.seconds'):.0f}",
+                **parameters.loc[place, different],
+            }
+        )
+    return table
+
+
+def links(rows: list[Repeated]) -> str:
+    """Return HTML with links to the runs' notebooks, as seen from a folder of the project."""
+    runs = [run for row in rows for run in row.runs]
+    linked = [
+        f'<a href="../{quote(run.folder)}/notebook.ipynb">{html.escape(run.name)}</a>'
+        for run in runs
+        if (pets.ROOT / run.folder / "notebook.ipynb").is_file()
+    ]
+    return f"<p>Notebooks: {', '.join(linked)}</p>" if linked else ""
+
+
+def pareto_front(costs: list[float], gains: list[float]) -> list[int]:
+    """Return which points no other beats at no more cost, from the cheapest to the dearest."""
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i])):
+        if not front or gains[i] > gains[front[-1]]:
+            front.append(i)
+    return front
+
+
+def moved_most(run: Run, base: Run, count: int = 2) -> dict[str, float]:
+    """Return by how much right pixels changed on the test images that gained and lost most."""
+    own, others = run.counts.get("test", {}), base.counts.get("test", {})
+    change = {
+        name: float(pixel_accuracy(own[name]) - pixel_accuracy(others[name]))
+        for name in own
+        if name in others
+    }
+    ranked = sorted(change, key=lambda name: -change[name])
+    return {name: change[name] for name in dict.fromkeys(ranked[:count] + ranked[-count:])}

@@ -1,0 +1,56 @@
+"""Score a run's weights.pt on the official test split again, and compare with its metrics.json.
+
+    python -m experiments.score FOLDER [RUN]   RUN is notebooks/oxford_run unless given
+
+FOLDER holds oxford-iiit-pet.
+"""
+
+from pathlib import Path
+
+import petseg_utils as pets
+from experiments.command import as_script
+from experiments.read_runs import Run, check_run
+from petseg_utils import InputError
+
+
+def read_scored(folder: Path) -> tuple[Run, pets.Recipe]:
+    """Return a run on the real dataset and its recipe, both checked. Errors: `InputError`."""
+    try:
+        run = check_run(pets.read_run(folder))
+    except RecursionError:
+        what = f"there is no complete run in {folder} (nested too deep)"
+        raise InputError(f"{what}: make the run again.") from None
+    missing = pets.Recipe.model_fields.keys() - run.parameters.keys()
+    if missing:
+        what = f"{folder} is of an older version, without {', '.join(sorted(missing))}"
+        raise InputError(f"{what}: make the run again.")
+    recipe = pets.Recipe(**run.parameters)
+    if recipe.DATASET != "oxford":
+        raise InputError(f"{folder} is not of the real dataset: name a run with DATASET oxford.")
+    return run, recipe
+
+
+def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
+    """Load a run's weights, predict the test split and print both scores, all checked first."""
+    then, recipe = read_scored(pets.ROOT / run)
+    device = pets.pick_device(recipe.DEVICE)
+    precision = pets.pick_precision(recipe.PRECISION, device)
+    model, _ = pets.load_net(pets.ROOT / run)
+    folder = pets.find_dataset(data_dir)
+    names = pets.read_split(folder, "test", recipe.LIMIT)
+    images = then.row["test.images"]
+    if len(names) != images:
+        what = f"{folder} has {len(names)} test images, but {run} was scored on {images}"
+        raise InputError(f"{what}: name the dataset that it was scored on.")
+    side, mask_side = recipe.IMAGE_SIZE, recipe.SCORE_SIZE
+    test = pets.load_pets(folder, names, side, "test images", mask_side=mask_side)
+    pets.keep_freed_memory()  # this halves the time
+    matrices = pets.evaluate(model.to(device), test, precision, flip=recipe.FLIP)
+    now = pets.scores(matrices.sum(0))
+    for name in ("pixel_accuracy", "mean_iou"):
+        both = f"{now[name]:.6f} now, {then.row[f'test.{name}']:.6f} then"
+        print(f"{name}: {both}, on {images} test images")
+
+
+if __name__ == "__main__":
+    as_script(main, __doc__)

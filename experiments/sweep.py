@@ -1,0 +1,301 @@
+"""Make many runs of the narrative notebook at once.
+
+    make sweep GRID=mine.json CLUSTER=tcp://host:8786 WORKERS=2
+
+GRID is JSON, {"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}. Each
+change is made with each seed. CLUSTER is the address of a Dask scheduler; without it, workers of
+this machine's own do the work. Repeating the command goes on where it stopped. A scheduler and its
+workers, on any number of machines that share the project's folder, are started in that folder:
+
+    .venv/bin/python -m dask scheduler
+    .venv/bin/python -m dask worker tcp://host:8786 --nthreads 1
+
+Papermill executes the notebook; Dask spreads the runs over processes, and gives a lost worker's run
+to another.
+"""
+
+import json
+import os
+import socket
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from uuid import uuid4
+
+import papermill
+import torch
+from dask import config as dask_config
+from dask.system import CPU_COUNT
+from distributed import Client, Future, LocalCluster, as_completed, get_worker
+from distributed.scheduler import KilledWorker
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
+from traitlets.config import Config
+
+import petseg_utils as pets
+from petseg_utils import InputError
+from support.parameters import reason
+from support.safe_files import git_name
+
+NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
+GRID = '{"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}'
+
+
+def read_grid(path: Path) -> dict[str, dict]:
+    """Return each run's parameters by its name, GRID_CHANGE_seed_SEED. Errors: `InputError`."""
+    try:
+        grid = json.loads(path.read_text(encoding="utf-8"))
+        strangers = grid.keys() - {"base", "changes", "seeds"}
+        runs = {
+            f"{path.stem}_{name}_seed_{seed}": grid.get("base", {}) | change | {"SEED": seed}
+            for name, change in grid["changes"].items()
+            for seed in grid.get("seeds", [0])
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no grid ({error}): it should hold {GRID}.") from None
+    if strangers or not runs:
+        what = f"has the key {min(strangers)}" if strangers else "has no runs"
+        raise InputError(f"{path} {what}: it should hold {GRID}.")
+    return runs
+
+
+def check_runs(runs: dict[str, dict]) -> list[pets.Recipe]:
+    """Return the recipe of each run. Errors: `InputError` that names the run."""
+    recipes = []
+    for name, parameters in runs.items():
+        try:
+            recipes.append(pets.Recipe(**parameters | {"RUN_NAME": name, "RESUME": True}))
+        except InputError as error:
+            raise InputError(f"the run {name}: {error}") from None
+    return recipes
+
+
+def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> list[dict]:
+    """Make runs, {name: parameters}, and return for each a dict: run, outcome, why, seconds.
+
+    The outcome is "made", "kept" (it was there, complete) or "failed"; one that fails doesn't stop
+    the others. An interrupted run goes on from its checkpoint. `cluster` is the address of a Dask
+    scheduler; "" starts `workers` processes on this machine (0: one for each GPU, or else for each
+    core). Errors: `InputError` before any run starts, for a wrong parameter and an unfit cluster.
+    """
+    recipes = check_runs(runs)
+    outcomes: dict[str, dict] = {}
+    workers = workers or min(torch.cuda.device_count() or CPU_COUNT, len(runs))
+    with start_workers(cluster, workers) as client:
+        threads = threads_by_host(client)
+        topic = f"runs-{uuid4().hex}"  # a scheduler that already runs may serve others, too
+        bar = tqdm(desc="runs", total=len(recipes), leave=False)
+        started: set[str] = set()
+
+        def show() -> None:
+            bar.set_postfix_str("at work: " + ", ".join(sorted(started - outcomes.keys())))
+
+        def note_start(event: tuple[float, str]) -> None:
+            started.add(event[1])
+            show()
+
+        client.subscribe_topic(topic, note_start)
+        names = {}
+        for recipe in recipes:
+            key = f"{topic}-{recipe.RUN_NAME}"
+            future = client.submit(make_run, recipe.model_dump(), threads, topic, key=key)
+            names[future] = recipe.RUN_NAME
+        for future in as_completed(names):
+            outcomes[names[future]] = outcome_of(future, names[future])
+            bar.update()
+            show()
+        bar.close()
+    return [outcomes[name] for name in runs]
+
+
+@contextmanager
+def start_workers(cluster: str, workers: int) -> Iterator[Client]:
+    """Give a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
+    if not cluster:
+        dask_config.set(
+            {
+                "distributed.scheduler.allowed-failures": 3,  # workers that die with the same run
+                "distributed.scheduler.worker-saturation": 1.0,
+                "distributed.worker.profile.enabled": False,  # it takes 4 % of a core from a run
+            }
+        )
+        own = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",  # any free port
+            memory_limit=0,  # the kernels need it, not the workers
+            silence_logs=50,
+        )
+        with own, Client(own) as client:
+            yield client
+        return
+    try:
+        client = Client(cluster, timeout="10s")
+    except (OSError, ValueError) as error:
+        what = f"no Dask scheduler answers at {cluster} ({reason(error)})"
+        raise InputError(f"{what}: start one, or leave it out.") from None
+    with client:
+        threads = client.nthreads().values()
+        if not threads or max(threads) > 1:
+            what = "have more than one thread" if threads else "are missing"
+            mend = "start some with --nthreads 1, since a run needs a process of its own"
+            raise InputError(f"the workers of {cluster} {what}: {mend}.")
+        check_imports(client, cluster)
+        yield client
+
+
+def check_imports(client: Client, cluster: str) -> None:
+    """Check that scheduler and workers find this project's modules. Errors: `InputError`."""
+    try:
+        client.run_on_scheduler(this_host)
+        client.run(this_host)
+    except Exception as error:  # a worker's error comes back as a bare Exception
+        what = f"the scheduler at {cluster} or a worker can't import this project ({error})"
+        mend = "start them in its folder, with .venv/bin/python -m dask"
+        raise InputError(f"{what}: {mend}.") from None
+
+
+def this_host() -> tuple[str, int]:
+    """Return the name of the machine that this process runs on, and its number of cores."""
+    return socket.gethostname(), CPU_COUNT
+
+
+def threads_by_host(client: Client) -> dict[str, int]:
+    """Return how many threads a run may have on each machine: its cores divided by its workers."""
+    hosts = client.run(this_host).values()
+    shares = {host: max(1, cores // workers) for (host, cores), workers in Counter(hosts).items()}
+    chosen = os.environ.get("OMP_NUM_THREADS")  # what a user asked for counts
+    return dict.fromkeys(shares, int(chosen)) if chosen else shares
+
+
+def make_run(parameters: dict, threads: dict[str, int], topic: str) -> dict:
+    """Make one run, in the process of a Dask worker, unless it is there; return its outcome.
+
+    Dask calls this again if a worker is lost: the second call finds the first one's checkpoint.
+    """
+    worker = get_worker()
+    name, start = parameters["RUN_NAME"], perf_counter()
+    worker.log_event(topic, name)
+    folder = pets.ROOT / "runs" / name
+    try:
+        outcome, why = "kept", what_is_there(folder, parameters)
+        if not why:
+            # Dask gives each worker one thread, and the kernel would inherit that.
+            own = str(threads.get(socket.gethostname(), 1))
+            os.environ.update(OMP_NUM_THREADS=own, MKL_NUM_THREADS=own, **gpu_of(worker.name))
+            execute(parameters, folder)
+            outcome = "made"
+    except InputError as error:
+        outcome, why = "failed", str(error)
+    return {"run": name, "outcome": outcome, "why": why, "seconds": perf_counter() - start}
+
+
+def gpu_of(worker: str | int) -> dict[str, str]:
+    """Return the environment that gives each of this machine's own workers a GPU of its own."""
+    gpus = torch.cuda.device_count()
+    given = "CUDA_VISIBLE_DEVICES" in os.environ  # by whoever started the workers
+    if not gpus or given or not str(worker).isdigit():  # this machine's own workers are numbered
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": str(int(worker) % gpus)}
+
+
+def what_is_there(folder: Path, parameters: dict) -> str:
+    """Return some words about the complete run with these parameters in a folder, "" without one.
+
+    Errors: `InputError` if the folder holds a run with other parameters.
+    """
+    try:
+        kept = pets.read_run(folder)
+        theirs, code = {**kept["parameters"]}, kept.get("versions", {}).get("petseg_utils")
+    except (InputError, LookupError, TypeError, AttributeError):
+        return ""
+    other = [
+        f"{name} {theirs.get(name)}, not {value}"
+        for name, value in parameters.items()
+        if name not in pets.Recipe.PLACES and theirs.get(name) != value
+    ]
+    if other:
+        what = f"there is another run in {folder}, with {'; '.join(other)}"
+        raise InputError(f"{what}: give this one another name, or move that one away.")
+    if not ran_to_its_end(folder / "notebook.ipynb"):
+        return ""
+    same = code == git_name(Path(pets.__file__))
+    return "complete" if same else "complete, made by another version of petseg_utils.py"
+
+
+def ran_to_its_end(notebook: Path) -> bool:
+    """Return whether papermill executed the last cell, some cells after the results are written."""
+    try:
+        record = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]
+        return bool(record["end_time"]) and not record["exception"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def execute(parameters: dict, folder: Path) -> None:
+    """Execute the notebook into its run's folder. Errors: `InputError` if a cell fails."""
+    output = folder / "notebook.ipynb"
+    defaults = pets.Recipe().model_dump()
+    given = {name: value for name, value in parameters.items() if value != defaults[name]}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as sockets:
+            # Kernels that start at the same moment may draw the same ports (papermill's issue
+            # 511), so their sockets are files.
+            ipc = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+            papermill.execute_notebook(
+                NOTEBOOK,
+                output,
+                given,
+                request_save_on_cell_execute=False,  # at its end: a hundred runs share one disk
+                progress_bar=False,
+                cwd=pets.ROOT,
+                config=ipc,
+                extra_arguments=["--log-level=CRITICAL"],  # it would break our progress bar
+            )
+    except PapermillExecutionError as error:
+        told = f"{error.ename}: {error.evalue}, see {output}."
+        if error.ename == "InputError":
+            told = error.evalue
+    except DeadKernelError:
+        told = "its kernel died, perhaps for want of memory: make the run alone to see where."
+    except OSError as error:
+        told = f"{output} cannot be written ({error}): make room, or change its permissions."
+    else:
+        return
+    raise InputError(" ".join(told.split()))
+
+
+def outcome_of(future: Future, name: str) -> dict:
+    """Return what `make_run` returned, or the same for a run of which Dask knows no result."""
+    try:
+        return future.result()
+    except KilledWorker:
+        what = "its worker died again and again, perhaps for want of memory"
+        why = f"{what}: make the run alone to see why."
+    except Exception as error:  # the scheduler is gone, or the workers are of another version
+        told = f"{type(error).__name__}: {reason(error)}"
+        why = f"Dask lost it ({told}): make the sweep again."
+    return {"run": name, "outcome": "failed", "why": why, "seconds": 0.0}
+
+
+def report(outcomes: list[dict]) -> str:
+    """Return how many runs were made, kept and failed, and a line for each to be told of."""
+    counts = Counter(outcome["outcome"] for outcome in outcomes)
+    lines = [", ".join(f"{counts[outcome]} {outcome}" for outcome in ("made", "kept", "failed"))]
+    told = [outcome for outcome in outcomes if outcome["why"] not in ("", "complete")]
+    return "\n".join(lines + [f"{one['outcome']} {one['run']}: {one['why']}" for one in told])
+
+
+def main(grid: str, cluster: str = "", workers: str = "0") -> int:
+    """Make the runs of a grid, tell what became of them, and return 1 if one failed."""
+    if not workers.isdigit():
+        raise InputError(f"WORKERS should be a number of processes, not {workers}.")
+    outcomes = make_runs(read_grid(Path(grid)), cluster, int(workers))
+    print(report(outcomes))
+    return int(any(outcome["outcome"] == "failed" for outcome in outcomes))

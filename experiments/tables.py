@@ -1,0 +1,24 @@
+"""What the tables of kept results are written with: scores cut, JSON, and Markdown."""
+
+import json
+from decimal import ROUND_FLOOR, Decimal
+from pathlib import Path
+
+import petseg_utils as pets
+
+
+def cut(value: float, digits: int) -> str:
+    """Return `value` with so many decimals, never rounded up: a score shown was reached."""
+    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON."""
+    text = json.dumps(value, indent=2) + "\n"
+    pets.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    head, *body = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([head, "|---" * len(heads) + "|", *body])
