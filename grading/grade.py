@@ -208,8 +208,8 @@ class Reporter:
         self.ends.clear()
 
 
-def run_pytest(folder: Path, tests: list[str], *options: str) -> None:
-    """Run tests in a staged folder."""
+def run_pytest(folder: Path, tests: list[str], *options: str, guarded: bool = True) -> None:
+    """Run tests in a staged folder, guarded where it holds a module that was handed in."""
     os.chdir(folder)
     torch.set_num_threads(1)
     sys.path[:1] = [str(folder)]
@@ -217,7 +217,8 @@ def run_pytest(folder: Path, tests: list[str], *options: str) -> None:
     options = (*options, "--tb=native")  # the others parse the module for every failure
     options = (*options, "-p", "no:unraisableexception")  # it collects garbage, for half a second
     options = (*options, "-p", "no:legacypath")  # it replaces functions of pytest
-    sys.audit("grading.start", str(folder))
+    if guarded:
+        sys.audit("grading.start", str(folder))
     try:
         module = Path(importlib.import_module("petseg_utils").__file__)
     except BaseException as error:  # SystemExit is one, too
@@ -325,10 +326,11 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion], threads: int)
         canary = Path("tests") / f"test_{secrets.token_hex(4)}.py"  # a name like any other
         used = (own if c.notebook else files) | {canary: own[CANARY]}
         if c.notebook:
-            stored = stage(folder / "stored", files, notebook)
+            stored = stage(folder / f"{c.id}-stored", files, notebook)
             os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
             os.environ["OMP_NUM_THREADS"] = str(threads)
-        run_pytest(stage(folder / c.id, used), [*c.tests, str(canary)])
+        tests = [*c.tests, str(canary)]
+        run_pytest(stage(folder / c.id, used), tests, guarded=not c.notebook)
 
     for c in criteria:
         job = Job(str(folder / c.id), partial(work_on, c), c.seconds, readable=(ROOT,))
