@@ -39,7 +39,7 @@ CHECK = (
 
 
 def without_bodies(source: str, names: Collection[str]) -> str:
-    """Return a module's source in which the functions named only say that they are to be written."""
+    """Return a module's source whose functions named only say that they are to be written."""
     lines = source.splitlines(keepends=True)
     tree = ast.parse(source)
     functions = {
