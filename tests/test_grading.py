@@ -134,7 +134,7 @@ ATTACKS = {
     "replaces pytest": (
         "import pytest, _pytest.python\npytest.main = lambda *_, **__: 0\n"
         "_pytest.python.Function.runtest = lambda self: None\n",
-        "pytest.main",
+        "_pytest.python.Function.runtest",
     ),
     "runs only canaries": (
         "import _pytest.python\nreal = _pytest.python.Function.runtest\n"
@@ -498,7 +498,7 @@ def test_student_edition_is_complete_and_holds_no_grader(tmp_path):
 
 
 def test_data_section_of_the_student_edition_runs(tmp_path):
-    """All cells run before the first that uses a function to be written, which says what to write."""
+    """All cells run before the first that uses a function to be written, which says so."""
     folder = tmp_path / "student"
     write_edition(folder)
     cells = nbformat.read(folder / "notebooks" / "pet_segmentation.ipynb", as_version=4).cells
