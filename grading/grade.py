@@ -61,7 +61,6 @@ def prepare() -> None:
     sys.dont_write_bytecode = True
     for name in (*HEAVY, *(f"_pytest.{plugin}" for plugin in default_plugins)):
         importlib.import_module(name)
-    os.environ["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # a hand-in has another home
 
 
 class Criterion(NamedTuple):
@@ -165,6 +164,9 @@ def stage(folder: Path, files: Files, notebook: bytes | None = None) -> Path:
     """Write files into a new folder, perhaps with a notebook and what lies beside it."""
     if notebook is not None:
         copy_around_notebooks(folder)
+        fonts = folder / ".matplotlib"  # the list of them takes kernels seconds to make
+        shutil.copytree(matplotlib.get_cachedir(), fonts)
+        os.environ["MPLCONFIGDIR"] = str(fonts)
         files = files | {NOTEBOOK: notebook}
     for target, content in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
