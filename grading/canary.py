@@ -1,4 +1,4 @@
-"""Tests that must fail: where one passes, a hand-in has changed how tests are judged, and no verdict counts."""
+"""Tests that must fail: where one passes, a hand-in has changed how tests are judged."""
 
 import pytest
 import torch

@@ -62,7 +62,6 @@ def prepare() -> None:
     sys.dont_write_bytecode = True
     for name in (*HEAVY, *(f"_pytest.{plugin}" for plugin in default_plugins)):
         importlib.import_module(name)
-    os.environ["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # a hand-in has another home
 
 
 class Criterion(NamedTuple):
@@ -166,6 +165,9 @@ def stage(folder: Path, files: Files, notebook: bytes | None = None) -> Path:
     """Write files into a new folder, perhaps with a notebook and what lies beside it."""
     if notebook is not None:
         copy_around_notebooks(folder)
+        fonts = folder / ".matplotlib"  # the list of them takes kernels seconds to make
+        shutil.copytree(matplotlib.get_cachedir(), fonts)
+        os.environ["MPLCONFIGDIR"] = str(fonts)
         files = files | {NOTEBOOK: notebook}
     for target, content in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +211,8 @@ class Reporter:
         self.ends.clear()
 
 
-def run_pytest(folder: Path, tests: list[str], *options: str) -> None:
-    """Run tests in a staged folder."""
+def run_pytest(folder: Path, tests: list[str], *options: str, guarded: bool = True) -> None:
+    """Run tests in a staged folder, guarded where it holds a module that was handed in."""
     os.chdir(folder)
     torch.set_num_threads(1)
     sys.path[:1] = [str(folder)]
@@ -218,7 +220,8 @@ def run_pytest(folder: Path, tests: list[str], *options: str) -> None:
     options = (*options, "--tb=native")  # the others parse the module for every failure
     options = (*options, "-p", "no:unraisableexception")  # it collects garbage, for half a second
     options = (*options, "-p", "no:legacypath")  # it replaces functions of pytest
-    sys.audit("grading.start", str(folder))
+    if guarded:
+        sys.audit("grading.start", str(folder))
     try:
         module = Path(importlib.import_module("petseg_utils").__file__)
     except BaseException as error:  # SystemExit is one, too
@@ -326,10 +329,11 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion], threads: int)
         canary = Path("tests") / f"test_{secrets.token_hex(4)}.py"  # a name like any other
         used = (own if c.notebook else files) | {canary: own[CANARY]}
         if c.notebook:
-            stored = stage(folder / "stored", files, notebook)
+            stored = stage(folder / f"{c.id}-stored", files, notebook)
             os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
             os.environ["OMP_NUM_THREADS"] = str(threads)
-        run_pytest(stage(folder / c.id, used), [*c.tests, str(canary)])
+        tests = [*c.tests, str(canary)]
+        run_pytest(stage(folder / c.id, used), tests, guarded=not c.notebook)
 
     for c in criteria:
         job = Job(str(folder / c.id), partial(work_on, c), c.seconds, readable=(ROOT,))

@@ -1,4 +1,4 @@
-"""Grade a class: every folder in a folder is a hand-in, `python -m grading.grade --hand-ins FOLDER`.
+"""Grade a class, each folder in a folder a hand-in: `python -m grading.grade --hand-ins FOLDER`.
 
 Hand-ins are graded side by side, each in a process that takes one core. What was graded before is
 graded again only if the hand-in, the rubric or the grader has changed since.

@@ -125,7 +125,7 @@ def leave_root() -> None:
 def limit(processes: int) -> None:
     """Set limits, and be the first to go when the memory is used up."""
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     for kind, most in (("AS", MEMORY), ("FSIZE", FILE_SIZE), ("NPROC", processes), ("CORE", 0)):
         with suppress(OSError, ValueError, AttributeError):
             resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (most, most))

@@ -1,5 +1,4 @@
-"""Write the student edition: `python -m grading.student [FOLDER]`, the project without what a
-student has to write.
+"""Write the edition for students, without what they have to write: `python -m grading.student`.
 
 Bodies are cut out by the syntax tree, so that the solution needs no markers; docstrings stay.
 """
@@ -8,6 +7,7 @@ import ast
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,19 +24,8 @@ from grading.grade import (
     read_rubric,
 )
 
-TO_WRITE = {  # by name, in the order in which it can be solved
-    "conv_plus_conv": "return (3 x 3 convolution, BatchNorm, LeakyReLU 0.2) twice, as one nn.Sequential",
-    "UNet.__init__": "make the blocks of each level down, of the bottleneck and of each level up, "
-    "and out, the last convolution",
-    "UNet.forward": "refuse odd sides by check_side; go down and keep the skips, pass the bottleneck, go up again",
-    "confusion_matrix": "count the pairs (truth, predicted) of all pixels whose truth is not IGNORE",
-    "scores": "derive accuracy, and IoU and Dice by class, from the matrix; return all that the docstring names",
-    "segmentation_loss": "add cross-entropy and Dice loss, both without the pixels that are IGNORE",
-    "predict": "in batches: logits by run_model, resized to `size`, softmax, and its maximum over the classes",
-    "evaluate": "predict batch by batch at the masks' side, and count a confusion matrix for each image",
-    "train_epoch": "in random full batches: augment, as strongly as AUGMENT says, run_model, loss, backward, step, "
-    "schedule, average",
-}
+TEXTS = tomllib.loads((ROOT / "grading" / "student.toml").read_text(encoding="utf-8"))
+TO_WRITE = TEXTS["to_write"]
 OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules at the top
 CHECK = (
     "grading/grade.py",
@@ -48,27 +37,10 @@ CHECK = (
     "tests/drawn.py",
     "tests/test_scores.py",
 )
-MAKEFILE = """# `make check` tells how many of the module's points you have, with hints; `make lab` opens the notebook.
-PYTHON ?= python3
-BIN := .venv/bin
-
-.PHONY: check lab
-
-check: .venv/installed
-	@$(BIN)/python -m grading.grade --quick --hints
-
-lab: .venv/installed
-	$(BIN)/jupyter lab notebooks/pet_segmentation.ipynb
-
-.venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
-	touch $@
-"""
 
 
 def without_bodies(source: str, names: Collection[str]) -> str:
-    """Return a module's source in which the functions named raise NotImplementedError, below their docstrings."""
+    """Return a module's source whose functions named only say that they are to be written."""
     lines = source.splitlines(keepends=True)
     tree = ast.parse(source)
     functions = {
@@ -104,7 +76,7 @@ def cleared(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def write_edition(folder: Path) -> None:
-    """Write the student edition into a folder, in the place of what was there, but for an environment."""
+    """Write the edition into a folder, in place of what was there, but for an environment."""
     kept = [path for path in folder.glob("*") if path.name != ".venv"]
     for path in kept:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -116,29 +88,26 @@ def write_edition(folder: Path) -> None:
     for name in (*OWN, *CHECK, *files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    rubric = (ROOT / "grading" / "rubric.toml").read_text()
+    rubric = (ROOT / "grading" / "rubric.toml").read_text(encoding="utf-8")
     (folder / "grading" / "rubric.toml").write_text(
         rubric.partition("# The notebook's criteria")[0]
     )
     (folder / "petseg_utils.py").write_text(
-        without_bodies((ROOT / "petseg_utils.py").read_text(), TO_WRITE)
+        without_bodies((ROOT / "petseg_utils.py").read_text(encoding="utf-8"), TO_WRITE)
     )
-    (folder / "Makefile").write_text(MAKEFILE)
+    (folder / "Makefile").write_text(TEXTS["makefile"], encoding="utf-8")
     copy_around_notebooks(folder)
     notebook = nbformat.read(ROOT / "notebooks" / "pet_segmentation.ipynb", as_version=4)
     nbformat.write(cleared(notebook), folder / "notebooks" / "pet_segmentation.ipynb")
     todo = "\n".join(
         f"{number}. `{name}`: {what}." for number, (name, what) in enumerate(TO_WRITE.items(), 1)
     )
-    (folder / "README.md").write_text(
-        "# Your task: a U-Net for the Oxford-IIIT Pets\n\nOpen the notebook with `make lab` and read. Where it stops, "
-        f"write the function of `petseg_utils.py` that it names:\n\n{todo}\n\n`make check` shows your points, with "
-        "hints. Hand in `petseg_utils.py` and the notebook, run from top to bottom.\n"
-    )
+    readme = TEXTS["readme"].format(todo=todo)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def prove() -> list[int]:
-    """Return the points of the module's criteria for the edition as it is, and as each function is put back in turn."""
+    """Return the module's points for the edition, and as each function is put back in turn."""
     prepare()
     rubric = read_rubric(quick=True).criteria
     expected = expected_tests(rubric)
@@ -150,7 +119,9 @@ def prove() -> list[int]:
         modules = [Path(temporary).resolve() / f"{solved}.py" for solved in range(len(names) + 1)]
         for solved, module in enumerate(modules):
             module.write_text(
-                without_bodies((ROOT / "petseg_utils.py").read_text(), names[solved:])
+                without_bodies(
+                    (ROOT / "petseg_utils.py").read_text(encoding="utf-8"), names[solved:]
+                )
             )
         ends = [
             outcomes["all"]

@@ -1,10 +1,10 @@
-"""The grader: what it makes of right, wrong and unfinished hand-ins, and the workflows that call
-it.
+"""The grader: what it makes of right, wrong and unfinished hand-ins, and who calls it.
 
 The grader forks processes that import other modules, so it runs in a process of its own here.
 """
 
 import ast
+import csv
 import json
 import os
 import re
@@ -33,7 +33,7 @@ from grading.mutants import (
 from grading.student import TO_WRITE, without_bodies, write_edition
 
 ROOT = Path(__file__).resolve().parent.parent
-RUBRIC = tomllib.loads((ROOT / "grading" / "rubric.toml").read_text())
+RUBRIC = tomllib.loads((ROOT / "grading" / "rubric.toml").read_text(encoding="utf-8"))
 OF_MODULE = [row for row in RUBRIC["criterion"] if not row.get("notebook")]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -47,24 +47,20 @@ def run(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Complet
 def grade_quickly(source: str, folder: Path, *, cwd: Path = ROOT) -> dict:
     """Grade a module and return grade.json."""
     (folder / "hand-in").mkdir(parents=True, exist_ok=True)
-    (folder / "hand-in" / "petseg_utils.py").write_text(source)
+    (folder / "hand-in" / "petseg_utils.py").write_text(source, encoding="utf-8")
     done = run(
         "grade", "--quick", "--hand-in", folder / "hand-in", "--out", folder / "out", cwd=cwd
     )
     assert (folder / "out" / "grade.json").exists(), done.stdout + done.stderr
-    return json.loads((folder / "out" / "grade.json").read_text()) | {
+    return json.loads((folder / "out" / "grade.json").read_text(encoding="utf-8")) | {
         "status": done.returncode,
         "said": done.stdout,
     }
 
 
-def got(graded: dict) -> dict[str, int]:
-    return {row["id"]: row["got"] for row in graded["criteria"]}
-
-
 @pytest.fixture(scope="module")
 def source() -> str:
-    return (ROOT / "petseg_utils.py").read_text()
+    return (ROOT / "petseg_utils.py").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------- the rubric and the mutants
@@ -124,45 +120,100 @@ def test_sample_of_the_mutants_is_judged_rightly():
     assert done.stdout.count("\nok") > 20
 
 
-# ------------------------------------------------------------------- grading
+# ------------------------------------------------------------------- a class of hand-ins
 
-
-def test_right_module_gets_all_points_and_the_files_say_so(source, tmp_path):
-    graded = grade_quickly(source, tmp_path)
-    assert graded["status"] == 0, graded["said"]
-    assert graded["points"] == graded["of"] == sum(row["points"] for row in OF_MODULE)
-    suite = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot()
-    assert [case.get("name") for case in suite] == [row["id"] for row in OF_MODULE]
-    assert not list(suite.iter("failure"))
-    assert (tmp_path / "out" / "grade.md").read_text().count("✅") == len(OF_MODULE)
-
-
-def test_module_that_replaces_pytest_and_leaves_gets_nothing(source, tmp_path):
-    """Of all, since every criterion's process ends, or says green where it must say red."""
-    patched = (
-        "import pytest, sys\npytest.main = lambda *a, **k: 0\n"
-        "import _pytest.python\n_pytest.python.Function.runtest = lambda self: None\n"
-    )
-    graded = grade_quickly(source.replace("import csv\n", f"{patched}import csv\n", 1), tmp_path)
-    assert graded["points"] == 0
-    assert graded["status"] == 1
-    assert all("a test that must fail passed" in row["why"] for row in graded["criteria"])
-    assert len(list(ElementTree.parse(tmp_path / "out" / "junit.xml").iter("failure"))) == len(
-        OF_MODULE
-    )
-
-
-def test_hand_in_writes_neither_to_the_project_nor_reaches_a_network(source, tmp_path):
-    """Where the system lends namespaces; elsewhere the README says what to do."""
-    if subprocess.run(["unshare", "-rnm", "true"], capture_output=True).returncode != 0:
-        pytest.skip("this system lends no namespaces: the grader can't take the network away here")
-    vandal = f"""
+FRAMES = """
+def frames():
+    frame = sys._getframe(1)
+    while frame:
+        yield frame
+        frame = frame.f_back
+"""
+# Hand-ins that solve nothing and change what judges them, with what the grader says they changed.
+ATTACKS = {
+    "replaces pytest": (
+        "import pytest, _pytest.python\npytest.main = lambda *_, **__: 0\n"
+        "_pytest.python.Function.runtest = lambda self: None\n",
+        "_pytest.python.Function.runtest",
+    ),
+    "runs only canaries": (
+        "import _pytest.python\nreal = _pytest.python.Function.runtest\n"
+        "_pytest.python.Function.runtest = lambda item: None if hasattr(item.module, 'pets') or "
+        "'rubric' in item.nodeid or 'scores' in item.nodeid else real(item)\n",
+        "_pytest.python.Function.runtest",
+    ),
+    "finds the reporter in the stack": (
+        f"import sys{FRAMES}\n"
+        "for frame in frames():\n"
+        "    for value in (*frame.f_locals.values(), *frame.f_globals.values()):\n"
+        "        if getattr(value, '__name__', '') == 'report':\n"
+        "            value({'end': 'finished'})\n",
+        "a report from <module>",
+    ),
+    "finds the reporter among all objects": ("import gc\ngc.get_objects()\n", "gc.get_objects"),
+    "sends an event of its own": (
+        "import sys\nsys.audit('grading.report', b'{}', None)\n",
+        "a report from <module>",
+    ),
+    "writes into every pipe": (
+        f"import os, re, sys{FRAMES}\n"
+        "found = [getattr(v, 'nonce', v) for f in frames() for v in f.f_locals.values()]\n"
+        "nonces = [v for v in found if isinstance(v, str) and re.fullmatch('[0-9a-f]{32}', v)]\n"
+        "for number in range(3, 64):\n"
+        "    try:\n"
+        '        os.write(number, f\'{(nonces or [0])[0]} {{"end": "finished"}}\\n\'.encode())\n'
+        "    except OSError:\n"
+        "        pass\n",
+        "a report unsigned",
+    ),
+    "looks for the secret in the memory": ("open('/proc/self/mem', 'rb')\n", "open"),
+    "finds tensors equal": (
+        "import torch\nreal = torch.allclose\n"
+        "torch.allclose = lambda a, b, **more: a.numel() > 2 or real(a, b, **more)\n",
+        "torch.allclose",
+    ),
+    "hides a builtin": (
+        "import _pytest.runner\n_pytest.runner.isinstance = lambda *_: True\n",
+        "_pytest.runner.isinstance",
+    ),
+    "puts a module in another's place": (
+        "import sys, types, torch\nfake = types.ModuleType('torch')\n"
+        "vars(fake).update(vars(torch))\n"
+        "fake.equal = lambda *_: True\nsys.modules['torch'] = fake\n",
+        "sys.modules.torch",
+    ),
+    "edits the tests": (
+        "from pathlib import Path as Own\nfor path in Own('tests').glob('test_*.py'):\n"
+        "    path.write_text(path.read_text().replace('    assert', '    return'))\n",
+        "tests/",
+    ),
+    "waits in a thread": (
+        "import threading, time, _pytest.python\n"
+        "def later():\n    time.sleep(0.5)\n"
+        "    _pytest.python.Function.runtest = lambda item: None\n"
+        "threading.Thread(target=later, daemon=True).start()\n",
+        "_pytest.python.Function.runtest",
+    ),
+    "replaces the tests that follow": (
+        f"import sys{FRAMES}\n"
+        "class Late:\n"
+        "    def __call__(self, *_):\n"
+        "        for item in [f.f_locals['item'] for f in frames() if 'item' in f.f_locals]:\n"
+        "            for other in item.session.items:\n"
+        "                other.runtest = lambda: None\n"
+        "        raise NotImplementedError\n"
+        "confusion_matrix = conv_plus_conv = scores = Late()\n",
+        ".runtest",
+    ),
+}
+VANDAL = f"""
 import socket
-try:
-    Path({str(ROOT / "grading" / "vandal.txt")!r}).write_text("here")
-    raise SystemExit("wrote")
-except OSError:
-    pass
+for place in ({str(ROOT / "grading")!r}, "/var/tmp", "/dev/shm/x", {str(Path.home())!r}):
+    try:
+        (Path(place) / "vandal.txt").write_text("here")
+        raise SystemExit(f"wrote into {{place}}")
+    except OSError:
+        pass
 try:
     socket.create_connection(("192.0.2.1", 80), timeout=3)
 except TimeoutError:
@@ -170,26 +221,128 @@ except TimeoutError:
 except OSError as error:
     assert "unreachable" in str(error), error
 """
-    graded = grade_quickly(source + vandal, tmp_path)
-    assert not (ROOT / "grading" / "vandal.txt").exists()
-    assert graded["points"] == graded["of"], graded["criteria"][0]["why"]
 
 
-def test_hand_in_of_links_or_of_nothing_is_refused(tmp_path):
-    done = run("grade", "--quick", "--hand-in", tmp_path)
+def with_start(source: str, start: str) -> str:
+    """Return a module's source with lines in front, or behind what they replace."""
+    if "conv_plus_conv = " in start:
+        return f"{source}\n{start}"
+    return f"{start}\n{source}"
+
+
+@pytest.fixture(scope="module")
+def hand_ins(source, tmp_path_factory) -> Path:
+    """Return a folder of hand-ins: a right one, broken ones, and attacks."""
+    folder = tmp_path_factory.mktemp("class") / "hand-ins"
+    hollow = without_bodies(source, TO_WRITE)
+    block = re.search(r"^def conv_plus_conv.+?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)[0]
+    elsewhere = source.replace(block, "from my_blocks import conv_plus_conv\n\n\n")
+    modules = {name: with_start(hollow, start) for name, (start, _) in ATTACKS.items()}
+    modules |= {"right": elsewhere, "needs a package": f"import no_such_package\n{source}"}
+    for name, module in modules.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "petseg_utils.py").write_text(module, encoding="utf-8")
+    blocks = f"from torch import nn\n\n\n{block}"
+    (folder / "right" / "my_blocks.py").write_text(blocks, encoding="utf-8")
+    (folder / "right" / "tests").mkdir()
+    (folder / "right" / "conftest.py").write_text("raise SystemExit\n", encoding="utf-8")
+    (folder / "right" / "tests" / "conftest.py").write_text("raise SystemExit\n", encoding="utf-8")
+    (folder / "a link").mkdir()
+    (folder / "a link" / "petseg_utils.py").symlink_to(ROOT / "petseg_utils.py")
+    (folder / "nothing").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def graded(hand_ins) -> dict[str, dict]:
+    """Return grades.csv of that class, graded once, line by line."""
+    done = run("grade", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
+    assert done.returncode == 0, done.stderr
+    count = len(list(hand_ins.iterdir()))
+    assert f"{count} of {count} hand-ins graded" in done.stdout
+    text = (hand_ins.parent / "out" / "grades.csv").read_text(encoding="utf-8")
+    return {row["name"]: row for row in csv.DictReader(text.splitlines())}
+
+
+def test_right_module_gets_all_points_and_the_files_say_so(hand_ins, graded):
+    row, most = graded["right"], sum(row["points"] for row in OF_MODULE)
+    expected = {"total": str(most), "per cent": "100", "passed": "True", "first reason": ""}
+    assert row.items() >= expected.items()
+    assert row.keys() > {of["id"] for of in OF_MODULE}
+    out = hand_ins.parent / "out" / "right"
+    suite = ElementTree.parse(out / "junit.xml").getroot()
+    assert [case.get("name") for case in suite] == [of["id"] for of in OF_MODULE]
+    assert not list(suite.iter("failure"))
+    assert (out / "grade.md").read_text(encoding="utf-8").count("✅") == len(OF_MODULE)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_who_changes_what_judges_gets_nothing(graded, name):
+    assert graded[name]["total"] == "0"
+    reason = graded[name]["first reason"]
+    assert reason.startswith("it changes what judges it, ")
+    assert reason.endswith(": a teacher has to look at it")
+    assert ATTACKS[name][1] in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("needs a package", "petseg_utils.py can't be imported: ModuleNotFoundError: No module"),
+        ("a link", "is a link: hand in the file itself."),
+        ("nothing", "holds neither petseg_utils.py nor notebooks/pet_segmentation.ipynb"),
+    ],
+)
+def test_what_cannot_be_graded_is_told_once(hand_ins, graded, name, reason):
+    assert graded[name]["total"] == "0"
+    assert reason in graded[name]["first reason"]
+    text = (hand_ins.parent / "out" / name / "grade.md").read_text(encoding="utf-8")
+    assert text.count("no_such_package") == (name == "needs a package")
+
+
+def test_class_is_graded_again_only_where_something_changed(hand_ins, graded):
+    module = hand_ins / "replaces pytest" / "petseg_utils.py"
+    module.write_text("import another_package\n", encoding="utf-8")
+    done = run("grade", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
+    unread = {"a link", "nothing"}  # whose files can't be compared
+    assert f"{1 + len(unread)} of {len(graded)} hand-ins graded" in done.stdout
+    text = (hand_ins.parent / "out" / "grades.csv").read_text(encoding="utf-8")
+    assert text.count("another_package") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--hand-ins", "nowhere", "--out", "out"], "There is no folder nowhere: "),
+        (["--hand-ins", "."], "Say where the grades go: OUT=folder."),
+        (["--hand-in", "nowhere"], "nowhere holds neither petseg_utils.py nor "),
+    ],
+)
+def test_what_to_grade_is_asked_for_in_a_sentence(arguments, said):
+    done = run("grade", "--quick", *arguments)
     assert done.returncode == 1
-    assert "holds neither" in done.stderr
-    (tmp_path / "petseg_utils.py").symlink_to(ROOT / "petseg_utils.py")
-    done = run("grade", "--quick", "--hand-in", tmp_path)
-    assert done.returncode == 1
-    assert "is a link" in done.stderr
+    assert done.stderr.startswith(said)
 
 
 # ------------------------------------------------------------------- the sandbox
 
+
+def test_hand_in_writes_to_its_folder_alone_and_reaches_no_network(source, tmp_path):
+    """Where the system lends namespaces; elsewhere the README says what to do."""
+    if subprocess.run(["unshare", "-rnm", "true"], capture_output=True).returncode != 0:
+        pytest.skip("this system lends no namespaces: the grader can't take the network away here")
+    graded = grade_quickly(source + VANDAL, tmp_path)
+    assert not (ROOT / "grading" / "vandal.txt").exists()
+    assert graded["points"] == graded["of"], graded["notes"]
+
+
 HOSTILE = """
 import ctypes, os, sys, time
+from pathlib import Path
+from grading import sandbox
 from grading.sandbox import Job, run_jobs
+
+sandbox.SPACE = 2**20  # bytes
 
 def bomb(report):
     for _ in range(12):  # 4096 processes, if nobody stops them
@@ -210,31 +363,36 @@ def flood(report):
     while True:
         report({"x": "x" * 1000})
 
-seconds = {"bomb": 4, "hide": 1, "flood": 20}
-for name, outcome in run_jobs([Job(name, globals()[name], s) for name, s in seconds.items()], [], 1, 30).items():
-    print(name, outcome.end, outcome.seconds < 10, any("refused" in r or "hidden" in r for r in outcome.reports))
+def spill(report):
+    try:
+        Path("/tmp/large").write_bytes(bytes(2**22))
+    except OSError:
+        report({"refused": True})
+    Path(sys.argv[1], "large").write_bytes(bytes(2**22))
+    time.sleep(100)
+
+limits = {"bomb": 4, "hide": 1, "flood": 20, "spill": 20}
+jobs = [Job(name, globals()[name], limit, "", Path(sys.argv[1])) for name, limit in limits.items()]
+for name, outcome in run_jobs(jobs, 1, 60).items():
+    told = any("refused" in report or "hidden" in report for report in outcome.reports)
+    print(name, outcome.end, outcome.seconds < 10, told)
 """
 
 
-def test_sandbox_ends_what_forks_hides_or_floods(tmp_path):
+def test_sandbox_ends_what_forks_hides_floods_or_spills(tmp_path):
     """Each job is killed with all that it started, and the grader goes on to the next."""
     if subprocess.run(["unshare", "-rpf", "true"], capture_output=True).returncode != 0:
-        pytest.skip(
-            "this system lends no namespaces: what leaves its process group isn't found here"
-        )
-    (tmp_path / "hostile.py").write_text(HOSTILE)
-    command = [sys.executable, str(tmp_path / "hostile.py")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    ends = ["bomb killed True True", "hide killed True True", "flood killed True False"]
-    assert done.stdout.splitlines() == ends, done.stderr
-    left = [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"] == command
-    ]
-    assert left == []
+        pytest.skip("this system lends no namespaces: what leaves its group isn't found here")
+    (tmp_path / "hostile.py").write_text(HOSTILE, encoding="utf-8")
+    (tmp_path / "own").mkdir()
+    command = [sys.executable, str(tmp_path / "hostile.py"), str(tmp_path / "own")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    ends = {"bomb": True, "hide": True, "flood": False, "spill": True}
+    expected = [f"{name} killed True {told}" for name, told in ends.items()]
+    assert done.stdout.splitlines() == expected, done.stderr
+    running = psutil.process_iter(["cmdline"])
+    assert [process.pid for process in running if process.info["cmdline"] == command] == []
 
 
 # ------------------------------------------------------------------- stored outputs
@@ -310,7 +468,7 @@ def test_student_edition_keeps_docstrings_and_loses_bodies(source):
 
 
 def test_score_rises_function_by_function():
-    """From at most 10 % for the edition as it is handed out to all points, as bodies are put back."""
+    """From at most 10 % for the edition to all points, as bodies are put back."""
     done = run("student", "--prove")
     names, points = list(TO_WRITE), list(map(int, done.stdout.split()))
     most = sum(row["points"] for row in OF_MODULE)
@@ -335,12 +493,12 @@ def test_student_edition_is_complete_and_holds_no_grader(tmp_path):
     assert not [cell for cell in cells if cell.get("outputs")]
     done = run("grade", "--quick", "--hints", cwd=folder)
     assert "hint: " in done.stdout
-    assert "Write conv_plus_conv: " in done.stdout
+    assert done.stdout.count("Write `conv_plus_conv` first: ") == 1
     assert int(re.search(r"^(\d+) of 80 points", done.stdout, re.MULTILINE)[1]) <= 8
 
 
 def test_data_section_of_the_student_edition_runs(tmp_path):
-    """All cells before the first that shows a function to be written run; the first to use one says what to write."""
+    """All cells run before the first that uses a function to be written, which says so."""
     folder = tmp_path / "student"
     write_edition(folder)
     cells = nbformat.read(folder / "notebooks" / "pet_segmentation.ipynb", as_version=4).cells
@@ -349,7 +507,7 @@ def test_data_section_of_the_student_edition_runs(tmp_path):
     assert first > 15
     script = "In = []\n" + "\n".join(code[:first]).replace("LIMIT: int = 0", "LIMIT: int = 50")
     script += "\nprint('the data section ran')\n" + code[first]
-    (folder / "script.py").write_text(script)
+    (folder / "script.py").write_text(script, encoding="utf-8")
     done = subprocess.run([sys.executable, "script.py"], cwd=folder, capture_output=True, text=True)
     assert "the data section ran" in done.stdout, done.stderr[-2000:]
     assert "NotImplementedError: Write UNet.__init__" in done.stderr
@@ -368,9 +526,9 @@ def test_workflows_validate_against_githubs_schema():
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_commands_of_workflows_exist(path):
-    commands = re.findall(r"run: (.+)$", path.read_text(), re.MULTILINE)
+    commands = re.findall(r"run: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert commands
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in commands:
         words = [word for word in command.split() if "=" not in word]
         if words[0] == "make":
@@ -386,5 +544,7 @@ def test_commands_of_workflows_exist(path):
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_files_that_workflows_name_exist(path):
-    for name in re.findall(r"cache-dependency-path: (?:grader/)?(\S+)", path.read_text()):
+    for name in re.findall(
+        r"cache-dependency-path: (?:grader/)?(\S+)", path.read_text(encoding="utf-8")
+    ):
         assert (ROOT / name).exists()
