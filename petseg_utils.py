@@ -1,7 +1,6 @@
-"""Pet segmentation with a U-Net: the model and every helper that the notebooks import, in the order
-data flows.
+"""Pet segmentation with a U-Net: the model, and every helper that the notebooks import.
 
-Sections: recipe, data, model, shapes, scores, run folder, training. Each uses only what stands
+Sections, as data flows: recipe, data, model, shapes, scores, training. Each uses only what stands
 above it. Letters: B images, N the side of the square images in pixels, b base channels, K = 3
 classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each an index into
 `CLASSES`, or `IGNORE`.
@@ -13,13 +12,10 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from copy import deepcopy
 from functools import lru_cache
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -34,7 +30,7 @@ from tqdm import tqdm
 
 # Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
 from support.checkpoints import load_checkpoint, save_checkpoint, set_aside, undone_if_stopped
-from support.images import open_image, open_pair
+from support.images import check_pairs, open_image, open_pair
 from support.machine import (
     check_memory,
     keep_freed_memory,
@@ -49,6 +45,24 @@ from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid
 from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
 from support.safe_files import read_names, write_atomically
 from support.sample_pets import draw_sample_pets
+from support.trace import Operation, Planned, first_fault, line_up, trace_shapes
+
+# What notebooks and experiments use: the module's own, and what rooms below it offer.
+# fmt: off
+__all__ = [
+    "CLASSES", "COLORS", "GREEN", "IGNORE", "IMAGE_FILE", "RED", "ROOT", "TRIMAP_FILE",
+    "InputError", "Muon", "Parameters", "Pets", "Recipe", "Step", "Training", "UNet",
+    "analyse_shapes", "augment", "breed_of", "check_run", "check_side", "colorize",
+    "confusion_matrix", "conv_plus_conv", "costs", "count_steps", "diagnose",
+    "draw_sample_pets", "epochs", "evaluate", "files_of", "find_dataset", "hold_out",
+    "html_table", "identify", "keep_freed_memory", "load_net", "load_pets", "load_weights",
+    "open_image", "open_run", "operations_of", "pick_device", "pick_precision", "plan",
+    "plan_for", "plot_grid", "plot_unet", "predict", "prepare", "read_run", "read_split",
+    "receptive_field", "recolour", "run_model", "save_run", "save_weights", "scores",
+    "segmentation_loss", "to_input", "trace_shapes", "train", "train_epoch", "validate",
+    "write_atomically",
+]
+# fmt: on
 
 CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
@@ -152,7 +166,6 @@ def check_side(side: int, depth: int) -> None:
 
 # --------------------------------------------------------------------------------------------- data
 
-# In the dataset's folder, by an image's name.
 IMAGE_FILE, TRIMAP_FILE = "images/{}.jpg", "annotations/trimaps/{}.png"
 
 
@@ -168,6 +181,11 @@ class Pets(NamedTuple):
 def breed_of(name: str) -> str:
     """Return the breed in an image's name: 'Maine_Coon_12' -> 'Maine_Coon', with C for cats."""
     return name.rpartition("_")[0]
+
+
+def files_of(folder: Path, name: str) -> tuple[Path, Path]:
+    """Return the paths of an image and of its trimap, by the image's name."""
+    return folder / IMAGE_FILE.format(name), folder / TRIMAP_FILE.format(name)
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
@@ -253,7 +271,7 @@ def load_pets(
     masks = torch.empty(len(names), mask_side, mask_side, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        image, trimap = load_pair(folder, names[index])
+        image, trimap = open_pair(*files_of(folder, names[index]))
         # Pillow's bilinear filter is antialiased. A trimap's values are names, not amounts, and
         # must never be mixed.
         image = image.resize((side, side), Image.Resampling.BILINEAR)
@@ -264,30 +282,12 @@ def load_pets(
     try:
         with ThreadPoolExecutor(usable_cpus()) as pool:
             list(tqdm(pool.map(fill, range(len(names))), title, len(names), leave=False))
-    except InputError:
-        check_files(folder, names)  # one is bad: tell of all at once
+    except InputError:  # one is bad: tell of all at once, of both splits
+        splits = (read_split(folder, split) for split in ("trainval", "test"))
+        every = dict.fromkeys(chain(names, *splits))
+        check_pairs([files_of(folder, name) for name in every])
         raise
     return Pets(names, images, masks, folder)
-
-
-def load_pair(folder: Path, name: str) -> tuple[Image.Image, Image.Image]:
-    """Decode an image of a dataset and its trimap, as they are. Errors: `InputError`."""
-    return open_pair(folder / IMAGE_FILE.format(name), folder / TRIMAP_FILE.format(name))
-
-
-def check_files(folder: Path, names: list[str]) -> None:
-    """Raise `InputError` that tells of all unusable files, of `names` and of both splits."""
-    every = dict.fromkeys([*names, *read_split(folder, "trainval"), *read_split(folder, "test")])
-    faults = []
-    for name in tqdm(every, "check all images", leave=False):
-        try:
-            load_pair(folder, name)
-        except InputError as error:
-            faults.append(str(error).rstrip("."))
-    if faults:
-        count = f"{len(faults)} of {len(every)} images are unusable: " if len(faults) > 1 else ""
-        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")
 
 
 def augment(images: Tensor, masks: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -349,8 +349,7 @@ def conv_plus_conv(in_channels: int, out_channels: int, norms: int = 2) -> nn.Se
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> logits (B,
-    num_classes, N, N).
+    """U-Net (Ronneberger et al. 2015) as the course draws it: (B, 3, N, N) -> (B, K, N, N) logits.
 
     Going down, every level halves the side and doubles the channels. Going up, every level doubles
     the side again and concatenates the skip: the tensor of the same side that was kept on the way
@@ -372,33 +371,26 @@ class UNet(nn.Module):
         self.norms, self.skips = norms, skips
         channels = [base_channels * 2**level for level in range(depth)]  # b, 2b, 4b, ...
         self.downs = nn.ModuleList(map(conv_plus_conv, [3, *channels], channels, repeat(norms)))
-        self.pools = nn.ModuleList(nn.MaxPool2d(2) for _ in channels)
         self.bottleneck = conv_plus_conv(channels[-1], channels[-1], norms)
-        self.upsamples = nn.ModuleList(
-            nn.Upsample(scale_factor=2, mode="nearest") for _ in channels
-        )
-        # The upsampled tensor and the skip have as many channels each, so the concatenation doubles
-        # them: 2c go in.
+        # The upsampled tensor and the skip have c channels each: together 2c go in. As many come
+        # out as the level above keeps; the top level gives b.
         inputs = [2 * c for c in reversed(channels)]
-        outputs = [
-            *channels[-2::-1],
-            base_channels,
-        ]  # as many as the level above keeps; the top level gives b
+        outputs = [*channels[-2::-1], base_channels]
         self.ups = nn.ModuleList(map(conv_plus_conv, inputs, outputs, repeat(norms)))
         self.out = nn.Conv2d(base_channels, num_classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, num_classes, N, N) for images (B, 3, N, N). Errors: as in `check_side`."""
+        """Return logits (B, K, N, N) for images (B, 3, N, N). Errors: as in `check_side`."""
         for side in x.shape[-2:]:
             check_side(side, self.depth)
         kept = []
-        for down, pool in zip(self.downs, self.pools, strict=True):
+        for down in self.downs:
             x = down(x)
             kept.append(x if self.skips else torch.zeros_like(x))
-            x = pool(x)  # (B, c, n, n) -> (B, c, n/2, n/2)
+            x = F.max_pool2d(x, kernel_size=2)  # (B, c, n, n) -> (B, c, n/2, n/2)
         x = self.bottleneck(x)
-        for upsample, up in zip(self.upsamples, self.ups, strict=True):
-            x = upsample(x)  # (B, c, n, n) -> (B, c, 2n, 2n)
+        for up in self.ups:
+            x = F.interpolate(x, scale_factor=2)  # (B, c, n, n) -> (B, c, 2n, 2n), nearest
             x = torch.cat((x, kept.pop()), dim=1)  # (B, c, n, n) twice -> (B, 2c, n, n)
             x = up(x)  # (B, 2c, n, n) -> (B, c/2, n, n); at the top (B, c, n, n)
         return self.out(x)
@@ -408,18 +400,16 @@ class UNet(nn.Module):
 
 
 class Step(NamedTuple):
-    """One step of the U-Net's forward pass for one image; shapes are (channels, side)."""
+    """One step of a net's forward pass for one image; shapes are (channels, side)."""
 
     name: str
     level: int  # 0 at the top; at level k the side is N / 2**k
     formula: str  # in N, the image side, and b, the base channels
-    predicted: tuple[int, float]
-    traced: tuple[int, int] | None  # None: the forward pass did not get here
+    predicted: tuple[int, float] | None  # None: the net is no U-Net of this plan
+    traced: tuple[int, int] | None  # None: the forward pass did not get here, or went another way
     parameters: int
-    flops: (
-        int  # of the convolutions, 2 per multiply-add; normalisation and activation are under 1 %
-    )
-    receptive_field: int  # side in input pixels of what one output pixel can depend on
+    flops: int  # of the convolutions, 2 per multiply-add; all else is under 1 %
+    receptive_field: int | None  # side in input pixels of what one output pixel can depend on
 
     @property
     def agrees(self) -> bool:
@@ -429,60 +419,129 @@ class Step(NamedTuple):
     @property
     def row(self) -> dict[str, object]:
         """The step as a row for `html_table`; the output's KiB are those of float32."""
-        predicted, traced = (
-            f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "not reached" for s in self[3:5]
-        )
-        kib = 4 * self.predicted[0] * self.predicted[1] ** 2 / 1024
+        told = [f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "" for s in self[3:5]]
+        channels, side = self.predicted or self.traced or (0, 0)
         return {
-            "step": self.name, "formula": self.formula, "predicted": predicted, "traced": traced,
-            "agree": "✓" if self.agrees else "✗", "parameters": f"{self.parameters:,}",
-            "MFLOP": f"{self.flops / 1e6:,.1f}", "output KiB": f"{kib:,.0f}", "receptive field": self.receptive_field,
-        }  # fmt: skip
+            "step": self.name,
+            "formula": self.formula,
+            "predicted": told[0],
+            "traced": told[1] or "not reached",
+            "agree": "" if not self.predicted else "✓" if self.agrees else "✗",
+            "parameters": f"{self.parameters:,}",
+            "MFLOP": f"{self.flops / 1e6:,.1f}",
+            "output KiB": f"{4 * channels * side**2 / 1024:,.0f}",
+            "receptive field": self.receptive_field or "",
+        }
 
 
 def plan(b: int, depth: int, num_classes: int) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
-    """Yield name, level, output channels and operations of every step, in the order of the forward pass."""
+    """Yield name, level, output channels and operations of every step, in the pass's order."""
     for level in range(depth):
         yield f"down{level + 1}", level, b * 2**level, ("conv3", "conv3")
         yield f"pool{level + 1}", level + 1, b * 2**level, ("pool",)
     yield "bottleneck", depth, b * 2 ** (depth - 1), ("conv3", "conv3")
     for level in reversed(range(depth)):
         yield f"upsample{level + 1}", level, b * 2**level, ("upsample",)
-        yield f"concat{level + 1}", level, 2 * b * 2**level, ()
+        yield f"concat{level + 1}", level, 2 * b * 2**level, ("cat",)
         yield f"up{level + 1}", level, b * 2 ** max(level - 1, 0), ("conv3", "conv3")
     yield "out", 0, num_classes, ("conv1",)
 
 
-def analyse_shapes(model: UNet, side: int) -> list[Step]:
-    """Return one `Step` for each step of the forward pass, predicted by formula and traced with forward hooks."""
-    traced = trace_shapes(model, side)
-    steps: list[Step] = []
-    channels = 3  # that go into the next convolution
-    path: list[str] = []  # all operations from the image to here
-    for name, level, out, operations in plan(model.base_channels, model.depth, model.num_classes):
-        path += operations
-        parameters = (
-            model.norms * 2 * out if "conv3" in operations else 0
-        )  # a BatchNorm's scale and shift by channel
-        flops = 0
-        for operation in operations:
-            if operation.startswith("conv"):
-                weights = int(operation[-1]) ** 2 * channels * out
-                parameters += weights + out  # and a bias for every output channel
-                flops += int(2 * weights * (side / 2**level) ** 2)
-            channels = out
+OPERATIONS = {  # the plan's: as the trace calls them, their kernel, what to say if one is missing
+    "conv3": ("convolution", 3, "{step} has too few convolutions: planned are two"),
+    "pool": ("pooling", 0, "no pooling on level {level}: the side isn't halved after {{before}}"),
+    "upsample": ("upsampling", 0, "no upsampling on level {level}: the side isn't doubled"),
+    "cat": ("concatenation", 0, "no concatenation on level {level}: the skip is missing"),
+    "conv1": ("convolution", 1, "no 1 x 1 convolution at the end, after {{before}}"),
+}
+CHANNELS = {  # why a step gives as many as it does
+    "down": "each level down doubles them, from b",
+    "bottleneck": "the bottleneck keeps them",
+    "concat": "the skip has as many as what was upsampled",
+    "up": "each level up halves them, down to b",
+    "out": "one for each class",
+}
+
+
+def plan_for(model: nn.Module, seen: list[Operation], stopped: str, given: dict) -> list[tuple]:
+    """Return the plan by the sizes that are given, or else the net's attributes, or as it looks."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    depth = sum(operation.kind == "pooling" for operation in seen)
+    if stopped:  # perhaps on the way down: a level has four convolutions
+        depth = round((len(convolutions) - 3) / 4)
+    first = convolutions[0].out_channels if convolutions else 1
+    looks = {"base_channels": first, "depth": max(depth, 1), "num_classes": len(CLASSES)}
+    own = {name: getattr(model, name) for name in looks if hasattr(model, name)}
+    return list(plan(*(looks | own | given).values()))
+
+
+def operations_of(steps: list[tuple], side: int) -> list[Planned]:
+    """Return the operations of the plan's steps, each with what to say where it isn't there."""
+    planned = []
+    for name, level, out, operations in steps:
+        step = name.rstrip("0123456789")
+        for number, operation in enumerate(operations, 1):
+            kind, kernel, missing = OPERATIONS[operation]
+            title = f"convolution {number} of {name}" if operation == "conv3" else name
+            missing = missing.format(step=name, level=name.removeprefix(step))
+            gives = (out, side / 2**level)
+            planned.append(Planned(title, kind, gives, kernel, missing, CHANNELS.get(step, "")))
+    return planned
+
+
+def costs(
+    operations: tuple[str, ...], channels: int, shape: tuple[int, float], norms: int
+) -> tuple[int, int]:
+    """Return parameters and FLOPs of a step that takes `channels` and gives `shape`."""
+    out, side = shape
+    parameters = flops = 0
+    for operation in operations:
+        if kernel := OPERATIONS[operation][1]:
+            weights = kernel**2 * channels * out
+            parameters += weights + out  # and a bias for every output channel
+            flops += int(2 * weights * side**2)
         channels = out
+    # A BatchNorm has a scale and a shift for each channel.
+    return parameters + norms * 2 * out * ("conv3" in operations), flops
+
+
+def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
+    """Return a `Step` for each step of the forward pass, predicted by formula and traced.
+
+    `given` may say base_channels, depth and num_classes. A net that is no U-Net of this plan has
+    its traced operations as steps, without a prediction.
+    """
+    seen, stopped = trace_shapes(model, side)
+    rows = plan_for(model, seen, stopped, given)
+    outputs = line_up(operations_of(rows, side), seen, stopped)
+    if outputs is None:
+        return [
+            Step(f"{one.kind} {i}", 0, "", None, one.gives, one.parameters, one.flops, None)
+            for i, one in enumerate(seen, 1)
+        ]
+    blocks = sum("conv3" in operations for *_, operations in rows)
+    norms = round(sum(isinstance(part, nn.BatchNorm2d) for part in model.modules()) / blocks)
+    steps: list[Step] = []
+    channels = 3  # that go into the next step
+    path: list[str] = []  # all operations from the image to here
+    for name, level, out, operations in rows:
+        shape = (out, side / 2**level)
+        own = outputs[len(path) : len(path) + len(operations)]
+        parted = (gives for gives in own if gives != shape)
+        traced = next(parted, own[-1] if len(own) == len(operations) else None)
+        path += operations
         size = f"N/{2**level}" if level else "N"
-        multiple = out // model.base_channels
+        multiple = out // rows[0][2]
         times = str(out) if name == "out" else f"{multiple}b" if multiple > 1 else "b"
-        shapes = (f"{size} × {size} × {times}", (out, side / 2**level), traced.get(name))
-        steps.append(Step(name, level, *shapes, parameters, flops, receptive_field(path)))
+        formula = f"{size} × {size} × {times}"
+        both = costs(operations, channels, shape, norms)
+        steps.append(Step(name, level, formula, shape, traced, *both, receptive_field(path)))
+        channels = out
     return steps
 
 
 def receptive_field(path: list[str]) -> int:
-    """Return the side, in input pixels, of what one pixel after the operations of `path` can depend
-    on.
+    """Return the side, in input pixels, of what a pixel after the operations of `path` depends on.
 
     Counted from that pixel back to the image: a 3 x 3 convolution needs two pixels more in a row
     than it gives, a 2 x 2 pooling twice as many, and w upsampled pixels come from at most w // 2 +
@@ -490,44 +549,28 @@ def receptive_field(path: list[str]) -> int:
     """
     width = 1
     for operation in reversed(path):
-        width = {"conv3": width + 2, "conv1": width, "pool": 2 * width, "upsample": width // 2 + 1}[
-            operation
-        ]
+        before = {"conv3": width + 2, "pool": 2 * width, "upsample": width // 2 + 1}
+        width = before.get(operation, width)
     return width
 
 
-def trace_shapes(model: UNet, side: int) -> dict[str, tuple[int, int]]:
-    """Run one image through a copy of the model and note what every step puts out: {name:
-    (channels, side)}.
+def diagnose(model: nn.Module, side: int, **given: int) -> str:
+    """Say in a sentence where a net first parts from the plan, and why; "" if it doesn't.
 
-    The copy lies on torch's meta device, which knows shapes but computes nothing, so any size is
-    free. A model whose shapes don't fit yields the steps before the one that failed.
+    `given` is that of `analyse_shapes`.
     """
-    model = deepcopy(model).to("meta").eval()
-    traced: dict[str, tuple[int, int]] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        traced[name] = (x.shape[1], x.shape[3])
-
-    for level in range(1, model.depth + 1):
-        steps = {"down": model.downs[level - 1], "pool": model.pools[level - 1]}
-        steps |= {"upsample": model.upsamples[-level], "up": model.ups[-level]}
-        for kind, module in steps.items():
-            module.register_forward_hook(
-                lambda _m, _inputs, x, name=f"{kind}{level}": note(name, x)
-            )
-        model.ups[-level].register_forward_pre_hook(
-            lambda _m, inputs, name=f"concat{level}": note(name, inputs[0])
-        )
-    for name in ("bottleneck", "out"):
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, _inputs, x, name=name: note(name, x)
-        )
-    # No side is refused: one that doesn't fit goes as far as it can, and what is missing shows
-    # where it failed.
-    with suppress(RuntimeError), patch.dict(globals(), check_side=lambda *_: None):
-        model(torch.empty(1, 3, side, side, device="meta"))
-    return traced
+    seen, stopped = trace_shapes(model, side)
+    rows = plan_for(model, seen, stopped, given)
+    depth = max(level for _, level, *_ in rows)
+    halves = (side & -side).bit_length() - 1  # how often 2 divides the side
+    levels = [sum(one.kind == kind for one in seen) for kind in ("pooling", "upsampling")]
+    if halves < depth:
+        often = ["not even once", "once only", "twice only", f"{halves} times only"][min(halves, 3)]
+        return f"the sides part at level {halves + 1}: {side} can be halved {often}."
+    if levels[0] == levels[1] != depth and levels[0] and not stopped:
+        many = "many" if levels[0] > depth else "few"
+        return f"the net has {levels[0]} levels, planned are {depth}: too {many}."
+    return first_fault(operations_of(rows, side), seen, stopped)
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -605,7 +648,7 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
 
 
 def run_model(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
-    """Return the float32 logits (B, K, N, N) of uint8 images, computed in `precision` on the model's device."""
+    """Return float32 logits (B, K, N, N) of uint8 images, computed in `precision` where it lies."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         return model(to_input(images, device)).float()
@@ -687,7 +730,7 @@ class Training(NamedTuple):
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
-        """Return the model with its average, its optimiser, and the rate's schedule over all steps."""
+        """Return the model with its average, its optimiser and the schedule of the rate."""
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
             precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)

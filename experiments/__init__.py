@@ -1,1 +1,1 @@
-"""What the parts buy, what a step costs, a peer beside it, and a check of kept weights: run each with `python -m`."""
+"""The commands, and what the parts buy, what a step costs, a peer, and a check of kept weights."""

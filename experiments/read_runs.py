@@ -22,32 +22,16 @@ COUNTS = [f"{true}_as_{predicted}" for true in pets.CLASSES for predicted in pet
 Whole = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-SCORES = {"pixel_accuracy": Share, "mean_iou": Share, "images": Whole}
-SCORES |= {f"iou.{name}": Share | None for name in pets.CLASSES}
-Row = TypedDict(
-    "Row",
-    {
-        "name": str,
-        "parameters.SEED": int,
-        "parameters.IMAGE_SIZE": int,
-        "parameters.SCORE_SIZE": int,
-        "dataset.name": str,
-        "model.parameters": Whole,
-        "model.flops": Whole,  # of one image's forward pass
-        "training.seconds": Seconds,
-        **{f"valid.{name}": kind for name, kind in SCORES.items()},
-        **{f"test.{name}": kind for name, kind in SCORES.items()},
-    },
-)
-
-
-class Epoch(TypedDict):
-    """A line of history.csv."""
-
-    epoch: float
-    train_loss: float
-    valid_pixel_accuracy: Share
-    seconds: Seconds
+COLUMNS = {"name": str, "dataset.name": str, "training.seconds": Seconds}
+COLUMNS |= {"model.parameters": Whole, "model.flops": Whole}  # FLOPs of one forward pass
+COLUMNS |= {f"parameters.{name}": int for name in ("SEED", "IMAGE_SIZE", "SCORE_SIZE")}
+for split in ("valid", "test"):
+    COLUMNS |= {f"{split}.pixel_accuracy": Share, f"{split}.mean_iou": Share}
+    COLUMNS |= {f"{split}.iou.{name}": Share | None for name in pets.CLASSES}
+    COLUMNS |= {f"{split}.images": Whole}
+Row = TypedDict("Row", COLUMNS)
+HISTORY = {"epoch": float, "train_loss": float, "valid_pixel_accuracy": Share, "seconds": Seconds}
+Epoch = TypedDict("Epoch", HISTORY)  # a line of history.csv
 
 
 class Run(BaseModel):
@@ -102,14 +86,13 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
             if path.suffix == ".csv":
                 runs += read_table(path)
             elif (path / "metrics.json").exists():
-                runs.append(check_run(pets.read_run(path), os.path.relpath(path, pets.ROOT)))
+                runs.append(check_run(pets.read_run(path), os.path.normpath(name)))
         except (InputError, RecursionError) as error:
-            told = " ".join(f"{os.path.relpath(path, pets.ROOT)} is left out: {error}".split())
+            told = " ".join(f"{os.path.normpath(name)} is left out: {error}".split())
             left_out.append(told.removesuffix(".") + ".")
     if not runs:
-        raise InputError(
-            f"no folder or table of {patterns!r} has a complete run: name others in RUNS."
-        )
+        what = f"no folder or table of {patterns!r} has a complete run"
+        raise InputError(f"{what}: name others in RUNS.")
     return runs, left_out
 
 
@@ -118,14 +101,14 @@ def check_run(given: dict, folder: str = "") -> Run:
     metrics = {name: value for name, value in given.items() if name not in ("history", "images")}
     try:
         (row,) = pd.json_normalize(metrics).to_dict("records")
-        parameters = {
-            name.removeprefix("parameters."): value
-            for name, value in row.items()
-            if name.startswith("parameters.")
-        }
-        counts = read_counts(given.get("images", []))
-        history = given.get("history", [])
-        return Run(row=row, parameters=parameters, folder=folder, history=history, counts=counts)
+        inner = [name for name in row if name.startswith("parameters.")]
+        return Run(
+            row=row,
+            parameters={name.removeprefix("parameters."): row[name] for name in inner},
+            folder=folder,
+            history=given.get("history", []),
+            counts=read_counts(given.get("images", [])),
+        )
     except ValidationError as errors:
         error = errors.errors()[0]
         where = ".".join(map(str, error["loc"])).removeprefix("row.")

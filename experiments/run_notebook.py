@@ -1,12 +1,12 @@
-"""Execute a notebook into runs/: what `make run` and `make compare` call, with a run's NAME and
-papermill's options.
+"""Execute a notebook into runs/, with a run's NAME and papermill's options.
 
-An executed notebook that is there is kept until the new one is complete, and whatever goes wrong is
-told in one last sentence.
+`make run` and `make compare` call this. An executed notebook that is there is kept until the new
+one is complete, and whatever goes wrong is told in one last sentence.
 """
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -40,74 +40,89 @@ def compare(*options: str) -> None:
 
 
 def execute(notebook: Path, output: Path, options: list[str]) -> None:
-    """Execute a notebook, and write a page of it for a browser beside `output`. Errors: `InputError`."""
+    """Execute a notebook into `output`, with a page for a browser beside. Errors: `InputError`."""
     draft = output.with_name("unfinished.ipynb")  # what stays of a run that fails
     page = output.with_suffix(".html")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock(output.with_name(".notebook.lock"))
-        draft.unlink(
-            missing_ok=True
-        )  # one that is left by an earlier run would be taken for this one's
-        once = (
-            "--no-request-save-on-cell-execute"  # twice a cell would take a tenth of the whole time
-        )
+        draft.unlink(missing_ok=True)  # that of an earlier run would be taken for this one's
+        once = "--no-request-save-on-cell-execute"  # twice a cell takes a tenth of the whole time
         call_papermill(["--log-output", once, str(notebook), str(draft), *options], draft)
+        if not draft.exists():
+            return  # an option like --help-notebook printed what it was asked for
         executed = nbformat.read(draft, as_version=4)
-        tidy, _ = CoalesceStreamsPreprocessor().preprocess(
-            executed, {}
-        )  # of a progress bar, only its last state
+        # Of a progress bar, only the last state is kept.
+        tidy, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})
         text, _ = HTMLExporter(template_file=str(PAGE)).from_notebook_node(tidy)
         write_atomically(page, lambda file: file.write(text.encode()))
         write_atomically(output, lambda file: file.write(nbformat.writes(tidy).encode()))
         draft.unlink()
     except Timeout:
-        raise InputError(
-            f"another run is writing to {output}: wait for it, or choose another NAME."
-        ) from None
+        what = "wait for it, or choose another NAME"
+        raise InputError(f"another run is writing to {output}: {what}.") from None
     except OSError as error:
         why = f"{output} cannot be written ({reason(error)})"
         raise InputError(f"{why}: make room, or choose another NAME.") from None
-    except (
-        KeyboardInterrupt,
-        SystemExit,
-    ):  # papermill exits when its kernel dies, as it does after Ctrl-C
+    except (KeyboardInterrupt, SystemExit):  # papermill exits when its kernel dies, as by Ctrl-C
         kept = output.with_name("checkpoint.pt")
         go_on = "start again"
         if kept.exists():
             go_on = f"{kept} keeps the complete epochs, to go on from with -p RESUME True"
-        raise InputError(
-            f"the run was stopped, by Ctrl-C or for want of memory: {go_on}."
-        ) from None
+        why = "the run was stopped, by Ctrl-C or for want of memory"
+        raise InputError(f"{why}: {go_on}.") from None
     print(f"Done: open {page}")
 
 
 def call_papermill(command: list[str], draft: Path) -> None:
-    """Let papermill execute a notebook into `draft`. Errors: `InputError`, for all that a cell can do, too."""
+    """Let papermill execute a notebook into `draft`.
+
+    Errors: `InputError` for a cell that fails and for papermill's options, and `OSError` if the
+    draft cannot be written.
+    """
     quieten_kernel()
-    logging.getLogger(
-        "asyncio"
-    ).disabled = True  # after Ctrl-C it may tell, last and at length, of what was cut off
+    # After Ctrl-C it may tell, last and at length, of what was cut off.
+    logging.getLogger("asyncio").disabled = True
     try:
-        with patch(
-            "traceback.print_exc"
-        ):  # by which papermill would tell of a dead kernel, at length
+        with patch("traceback.print_exc"):  # by which papermill would tell of a dead kernel
             papermill.main(command, standalone_mode=False)
     except PapermillExecutionError as error:
-        if error.ename == "InputError":
-            raise InputError(error.evalue) from None
-        why = f"cell {error.exec_count} ended with {error.ename}: {reason(error.evalue)}"
-        raise InputError(f"{why}; it is in {draft}.") from None
+        raise InputError(fault_of(error, draft)) from None
+    except SystemExit as end:
+        if end.code:  # of a dead kernel, not of --help-notebook
+            raise
     except click.Abort:
         raise KeyboardInterrupt from None
     except click.ClickException as error:
         why = f"papermill does not understand its options ({error.format_message()})"
         raise InputError(f"{why}: correct them.") from None
+    except Exception as error:  # of the kernel, the engine, files, YAML, time limits ...
+        own = isinstance(error, OSError) and error.filename in (None, str(draft))
+        if own and not isinstance(error, TimeoutError):
+            raise
+        why = reason(error).strip("'").rstrip(".:")
+        file = f" {error.filename}" if getattr(error, "filename", None) else ""
+        sentence = f"papermill cannot do what its options ask for ({why}{file}): correct them."
+        raise InputError(sentence) from None
     finally:
         print(file=sys.stderr)  # below the progress bar
 
 
+def fault_of(error: PapermillExecutionError, draft: Path) -> str:
+    """Return one sentence on the cell that ended a notebook, with its line if only that tells."""
+    if error.ename == "InputError":
+        return error.evalue
+    what = f"cell {error.exec_count} ended with {error.ename}"
+    if error.evalue.strip():
+        what += f": {error.evalue.strip().splitlines()[0][:200]}"
+    else:  # a bare assert, say: the line that the stack trace points at
+        trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
+        line = re.search(r"^-+> *(\d+) (.*)$", trace, re.MULTILINE)
+        what += f" in its line {line[1]}, {line[2].strip()}" if line else ""
+    return f"{what}; it is in {draft}."
+
+
 def quieten_kernel() -> None:
-    """Keep this process's messages, but not the stack traces that its kernel prints when it is stopped."""
+    """Keep this process's messages, but not the stack traces of its kernel when it is stopped."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a child inherits

@@ -9,9 +9,6 @@ workers, on any number of machines that share the project's folder, are started 
 
     .venv/bin/python -m dask scheduler
     .venv/bin/python -m dask worker tcp://host:8786 --nthreads 1
-
-Papermill executes the notebook; Dask spreads the runs over processes, and gives a lost worker's run
-to another.
 """
 
 import json
@@ -117,12 +114,13 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
 def start_workers(cluster: str, workers: int) -> Iterator[Client]:
     """Give a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
     if not cluster:
-        settings = {
-            "scheduler.allowed-failures": 3,  # how many workers a run may take along as they die
-            "scheduler.worker-saturation": 1.0,
-            "worker.profile.enabled": False,  # it takes 4 % of a core from each run
-        }
-        dask_config.set({f"distributed.{name}": value for name, value in settings.items()})
+        dask_config.set(
+            {
+                "distributed.scheduler.allowed-failures": 3,  # workers that die with the same run
+                "distributed.scheduler.worker-saturation": 1.0,
+                "distributed.worker.profile.enabled": False,  # it takes 4 % of a core from a run
+            }
+        )
         own = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,

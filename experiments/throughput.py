@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from time import perf_counter
 
@@ -125,32 +125,32 @@ HEADLINE = {  # what is measured: whether freed memory is kept, and what makes t
     "with Muon": (True, lambda: fast_step(muon=True)),
     "loop": (True, lambda: epoch(SIDE, BATCH, WIDTH, STEPS * BATCH, augment=1.0)),
 }
-WORK: list[Callable[[], object]] = []  # of this process, if it is one of those below
 
 
-def set_up(name: str, threads: int) -> None:
-    """Prepare a process to measure one thing."""
+@cache
+def work_of(name: str, threads: int) -> Callable[[], object]:
+    """Return the work of one part of the headline, for which its process is set up once."""
     torch.set_num_threads(threads)
     keep, make = HEADLINE[name]
     if keep:
         pets.keep_freed_memory()
-    WORK.append(make())
+    return make()
 
 
-def measure() -> float:
-    """Return the seconds of the work that this process was set up for."""
-    return seconds_of(WORK[0])
+def measure(name: str, threads: int) -> float:
+    """Return the seconds of one part of the headline."""
+    return seconds_of(work_of(name, threads))
 
 
 def in_turns() -> dict[str, float]:
     """Return the least seconds of each part of the headline, in turns, each in its own process."""
     spawn, threads = get_context("spawn"), torch.get_num_threads()
     with ExitStack() as stack:
-        works = []
-        for name in HEADLINE:
-            pool = ProcessPoolExecutor(1, spawn, set_up, (name, threads))
-            stack.enter_context(pool)
-            works.append(lambda pool=pool: pool.submit(measure).result())
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in HEADLINE}
+        works = [
+            lambda name=name, pool=pool: pool.submit(measure, name, threads).result()
+            for name, pool in pools.items()
+        ]
         return dict(zip(HEADLINE, least_seconds("steps", *works), strict=True))
 
 
@@ -209,8 +209,8 @@ def growth() -> dict[str, dict]:
 def plot_growth(measured: dict[str, dict]) -> plt.Figure:
     """Plot seconds by size, and the expected slope through the largest, on logarithmic axes."""
     alt = "Seconds of training by side, width, batch and number of images, with expected slopes."
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained")
-    figure.set_label(alt)
+    look = {"figsize": (12, 3.4), "sharey": True, "layout": "constrained"}
+    figure, panels = plt.subplots(1, 4, **look, label=alt)
     for axes, (name, line) in zip(panels, measured.items(), strict=True):
         sizes, seconds, (slope, label) = np.array(line["sizes"]), line["seconds"], GROWING[name]
         expected = seconds[-1] * (sizes / sizes[-1]) ** slope
@@ -228,15 +228,14 @@ def plot_growth(measured: dict[str, dict]) -> plt.Figure:
 def figures_of(one: dict) -> dict[str, str]:
     """Return the headline figures by name, none rounded in our favour."""
     muon = 100 * (one["step_images_per_second"] / one["muon_step_images_per_second"] - 1)
+    memory = cut(one["step_against_memory_not_kept"], 2)
     figures = {
         "plain step, images a second": cut(one["plain_images_per_second"], 2),
         "this project's step, images a second": cut(one["step_images_per_second"], 2),
         "the step with Muon, images a second": cut(one["muon_step_images_per_second"], 2),
         "what Muon adds to the step": f"{-float(cut(-muon, 1))} %",
         "the step against the plain one": f"{cut(one['step_against_plain'], 2)} times as fast",
-        "the step against itself, freed memory not kept": (
-            f"{cut(one['step_against_memory_not_kept'], 2)} times"
-        ),
+        "the step against itself, freed memory not kept": f"{memory} times",
         "the step, GFLOP/s": cut(one["step_gflops"], 0),
     }
     for name, value in one["matrix_product_gflops"].items():
@@ -266,9 +265,8 @@ def main() -> None:
         print(f"cost by {name:10} slope {line['slope']:.1f}, expected {GROWING[name][0]}")
     write_json(folder / f"throughput_{name_of(PRECISION)}.json", result)
     figure = plot_growth(result["growth"])
-    pets.write_atomically(
-        folder / "cost.png", lambda file: figure.savefig(file, format="png", dpi=120)
-    )
+    picture = folder / "cost.png"
+    pets.write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 if __name__ == "__main__":

@@ -1,44 +1,37 @@
 """Draw the pictures that README and notebook show.
 
-python figures/make_figures.py          photographs the notebook as a reader sees it
-python figures/make_figures.py FOLDER   draws result.png from notebooks/oxford_run and the dataset
-                                        that FOLDER holds
+    python -m figures.make_figures          photographs the notebook as a reader sees it
+    python -m figures.make_figures FOLDER   draws result.png from notebooks/oxford_run
 
-cost.png is drawn by `make bench`, and history.png by the kept run itself.
+FOLDER holds oxford-iiit-pet. `make bench` draws cost.png, and the kept run itself history.png.
 """
 
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from nbconvert import HTMLExporter
 
 import petseg_utils as pets
+from experiments.command import as_script
+from experiments.compare import mean_iou
 from experiments.read_runs import check_run
 
-FIGURES = Path(__file__).resolve().parent
-NOTEBOOKS = FIGURES.parent / "notebooks"
+NOTEBOOKS = pets.ROOT / "notebooks"
 KEPT = NOTEBOOKS / "oxford_run"
 
 
 def pick_by_rank(counts: dict[str, np.ndarray]) -> dict[str, str]:
-    """Return test images by how they rank: "better than 90 %" of all by mean IoU, and so on.
+    """Return the test images whose mean IoU is better than so many per cent of all, by a title.
 
     Images whose mask is all background are left out: there a pet was forgotten, and a net that
     finds it looks wrong.
     """
-    ious = {}
-    for name, nine in counts.items():
-        matrix = torch.from_numpy(nine).view(len(pets.CLASSES), -1)
-        if matrix[0].any() or matrix[2].any():
-            ious[name] = pets.scores(matrix)["mean_iou"]
-    ranking = sorted(ious, key=ious.get)
+    whole = {name: nine for name, nine in counts.items() if nine[:3].any() or nine[6:].any()}
+    ranking = sorted(whole, key=lambda name: mean_iou(whole[name]))
     shares = (90, 75, 50, 25, 10)
     return {f"better than {share} %": ranking[len(ranking) * share // 100] for share in shares}
 
@@ -48,26 +41,25 @@ def plot_result(shown: pets.Pets, titles: list[str], labels: torch.Tensor) -> pl
     columns = {}
     for title, image, mask, label in zip(titles, shown.images, shown.masks, labels, strict=True):
         columns[title] = [image.permute(1, 2, 0).numpy(), pets.colorize(mask), pets.colorize(label)]
-    alt = "Five photos of pets, each with its true mask and, nearly the same, the net's."
+    alt = "Five photos of pets, each with its true mask and, nearly the same, the net's mask."
     return pets.plot_grid(columns, ["photo", "truth", "prediction"], alt, width=1.8)
 
 
 def photograph_notebook(section: str = "See-the-U") -> None:
-    """Photograph what 1,200 pixels across show of the notebook, from a section's heading on."""
+    """Photograph what a window shows of the notebook's page from a section's heading on."""
     # Here, since the other figures do without a browser.
     from playwright.sync_api import sync_playwright
 
-    command = [sys.executable, "-m", "nbconvert", "--to", "html"]
-    command += ["--template-file", NOTEBOOKS / "page.html.j2", NOTEBOOKS / "pet_segmentation.ipynb"]
+    exporter = HTMLExporter(template_file=str(NOTEBOOKS / "page.html.j2"))
+    text, _ = exporter.from_filename(str(NOTEBOOKS / "pet_segmentation.ipynb"))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        subprocess.run([*command, "--output-dir", folder], check=True)
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
+        (Path(folder) / "page.html").write_text(text, encoding="utf-8")
+        chromium = shutil.which("chromium")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 1150})
-        page.goto((Path(folder) / "pet_segmentation.html").as_uri())
+        page.goto((Path(folder) / "page.html").as_uri())
         page.evaluate("heading => document.getElementById(heading).scrollIntoView()", section)
-        page.screenshot(path=FIGURES / "notebook.png")
+        page.screenshot(path=pets.ROOT / "figures" / "notebook.png")
         browser.close()
 
 
@@ -80,18 +72,13 @@ def main(data_dir: str = "") -> None:
     folder = pets.find_dataset(data_dir)
     chosen = pick_by_rank(check_run(pets.read_run(KEPT)).counts["test"])
     names = list(chosen.values())
-    shown = pets.load_pets(folder, names, recipe.SCORE_SIZE)  # finer than what the net sees
+    shown = pets.load_pets(folder, names, recipe.SCORE_SIZE)  # may be finer than the net sees
     seen = pets.load_pets(folder, names, recipe.IMAGE_SIZE)
     size = shown.masks.shape[1:]
     labels, _ = pets.predict(model, seen.images, precision, size=size, flip=recipe.FLIP)
-    plot_result(shown, list(chosen), labels).savefig(FIGURES / "result.png", dpi=100)
+    plot_result(shown, list(chosen), labels).savefig(pets.ROOT / "figures" / "result.png", dpi=100)
     return None
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except pets.InputError as error:
-        sys.exit(str(error))
+    as_script(main, __doc__)

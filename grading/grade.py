@@ -1,9 +1,9 @@
 """Grade a hand-in by the rubric: `python -m grading.grade --hand-in FOLDER --out FOLDER [--quick]`.
 
-The hand-in's petseg_utils.py and notebooks/pet_segmentation.ipynb are copied beside the grader's
-own everything else, afresh for every criterion, whose tests run in a process of their own. This
-process never imports the hand-in; it counts the tests of every criterion with its own module, and a
-test that is missing, skipped or silent scores nothing.
+The hand-in's module, notebook and other Python files are laid beside the grader's own everything
+else, afresh for every criterion, whose tests run in a process of their own. This process never
+imports the hand-in; it counts the tests of every criterion with its own module, and a test that is
+missing, skipped or silent scores nothing.
 """
 
 import argparse
@@ -11,20 +11,25 @@ import importlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 import torch
+from _pytest.config import default_plugins
 
-from grading.sandbox import Job, Outcome, run_jobs
+from grading.sandbox import Job, Outcome, report, run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE, NOTEBOOK = Path("petseg_utils.py"), Path("notebooks/pet_segmentation.ipynb")
@@ -35,10 +40,14 @@ HEAVY = (
     "torchvision.datasets",
     "torchvision.transforms.v2",
 )
-CANARY = "grading/canary.py"
+CANARY = Path("grading/canary.py")
+OWN_FOLDERS = ("tests", "grading", "support")  # of the grader: nothing in them is handed in
+UNWRITTEN = re.compile(r"NotImplementedError: (Write [\w.]+: .*)")
+CHANGES = "it changes what judges it"
 LIMIT = 60  # for a criterion that doesn't say otherwise
 LARGEST = 50 * 2**20  # bytes of a file handed in
 SETTINGS = {
+    "GRADERS_MODULE": str(ROOT / MODULE),  # of tests/doctor.py
     "MPLBACKEND": "Agg",
     "TQDM_DISABLE": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
@@ -47,11 +56,13 @@ SETTINGS = {
 
 
 def prepare() -> None:
-    """Import here, once, what every criterion's process needs: they are forked from this one and have it at once."""
+    """Import what every criterion's process needs: they are forked from this one and have it."""
     os.environ |= SETTINGS
+    os.environ.setdefault("GRADED_SEED", str(secrets.randbelow(2**31)))  # of tests/drawn.py
     sys.dont_write_bytecode = True
-    for name in HEAVY:
+    for name in (*HEAVY, *(f"_pytest.{plugin}" for plugin in default_plugins)):
         importlib.import_module(name)
+    os.environ["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # a hand-in has another home
 
 
 class Criterion(NamedTuple):
@@ -76,7 +87,7 @@ class Result(NamedTuple):
 
 
 class Rubric(NamedTuple):
-    """The criteria, the pass mark in per cent of the points, and the limit for all of them in seconds."""
+    """The criteria, the pass mark in per cent of the points, and the limit of all in seconds."""
 
     criteria: list[Criterion]
     pass_mark: float
@@ -85,7 +96,7 @@ class Rubric(NamedTuple):
 
 def read_rubric(quick: bool = False) -> Rubric:
     """Read the rubric; `quick` leaves out the criteria of the notebook."""
-    content = tomllib.loads((ROOT / "grading" / "rubric.toml").read_text())
+    content = tomllib.loads((ROOT / "grading" / "rubric.toml").read_text(encoding="utf-8"))
     criteria = [Criterion(**row) for row in content["criterion"]]
     return Rubric(
         [c for c in criteria if not (quick and c.notebook)],
@@ -96,9 +107,19 @@ def read_rubric(quick: bool = False) -> Rubric:
 
 # ------------------------------------------------------------------- staging
 
+Files = dict[Path, bytes]  # by their place in a staged folder
+
+
+class HandIn(NamedTuple):
+    """What is graded: a module, a notebook, and other Python files by their place."""
+
+    module: Path
+    notebook: Path
+    others: Files = MappingProxyType({})
+
 
 def find(hand_in: Path, file: Path) -> Path:
-    """Return the hand-in's file, or the project's own for one that it lacks. Errors: SystemExit for an odd one."""
+    """Return a hand-in's file, or the project's own if it lacks it. Errors: SystemExit if odd."""
     path = hand_in / file
     if path.is_symlink() or path.parent.resolve() != hand_in.resolve() / file.parent:
         sys.exit(f"{path} is a link: hand in the file itself.")
@@ -106,7 +127,22 @@ def find(hand_in: Path, file: Path) -> Path:
         return ROOT / file
     if not path.is_file() or path.stat().st_size > LARGEST:
         sys.exit(f"{path} is no file of at most {LARGEST // 2**20} MiB: hand in the file itself.")
-    return path
+    return path.absolute()
+
+
+def find_all(folder: Path) -> HandIn:
+    """Return what a folder hands in; nothing but these two replaces a file of the grader's."""
+    if not any((folder / file).exists() for file in (MODULE, NOTEBOOK)):
+        sys.exit(f"{folder} holds neither {MODULE} nor {NOTEBOOK}: name the folder of a hand-in.")
+    found = [*folder.glob("*.py"), *folder.glob("notebooks/*.py"), *folder.glob("*/__init__.py")]
+    packages = {path.parent for path in found if path.name == "__init__.py"}
+    found += [path for package in packages for path in package.rglob("*.py")]
+    others = {}
+    for path in sorted({path.relative_to(folder) for path in found}):
+        own = path.parts[0] in OWN_FOLDERS or (ROOT / path).exists() or path.name == "conftest.py"
+        if not own:
+            others[path] = find(folder, path).read_bytes()
+    return HandIn(find(folder, MODULE), find(folder, NOTEBOOK), others)
 
 
 def copy_around_notebooks(folder: Path) -> None:
@@ -115,23 +151,25 @@ def copy_around_notebooks(folder: Path) -> None:
         ROOT / "notebooks",
         folder / "notebooks",
         ignore=shutil.ignore_patterns("*.ipynb", ".*", "__*"),
+        dirs_exist_ok=True,
     )
 
 
-def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
-    """Copy all that a criterion needs into a new folder: the grader's own, one module and perhaps one notebook."""
-    own = [
-        path for name in (".", "support", "tests", "grading") for path in (ROOT / name).glob("*.py")
-    ]
-    files = {path.relative_to(ROOT): path for path in (*own, ROOT / "pyproject.toml")} | {
-        MODULE: module
-    }
-    if notebook:
+@cache
+def grader_files() -> Files:
+    """Return all that a criterion needs beside the hand-in."""
+    paths = [path for name in (".", *OWN_FOLDERS) for path in (ROOT / name).glob("*.py")]
+    return {path.relative_to(ROOT): path.read_bytes() for path in (*paths, ROOT / "pyproject.toml")}
+
+
+def stage(folder: Path, files: Files, notebook: bytes | None = None) -> Path:
+    """Write files into a new folder, perhaps with a notebook and what lies beside it."""
+    if notebook is not None:
         copy_around_notebooks(folder)
-        files[NOTEBOOK] = notebook
-    for target, source in files.items():
+        files = files | {NOTEBOOK: notebook}
+    for target, content in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
-        (folder / target).write_bytes(source.read_bytes())
+        (folder / target).write_bytes(content)
     return folder
 
 
@@ -141,21 +179,19 @@ def stage(folder: Path, module: Path, notebook: Path | None = None) -> Path:
 class Reporter:
     """A plugin of pytest that reports what was collected, what began and how it ended."""
 
-    def __init__(self, report: Callable[[dict], None]) -> None:
-        self.report = report
+    def __init__(self) -> None:
+        self.ends: list[dict] = []
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.report({"collected": [item.nodeid for item in session.items]})
+        report({"collected": [item.nodeid for item in session.items]}, session.items)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            last = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")][
-                -1:
-            ]
-            self.report({"broken": last[0].lstrip("E ") if last else "an error"})
+            lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+            self.ends.append({"broken": lines[-1].lstrip("E ") if lines else "an error"})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.report({"started": nodeid})
+        report({"started": nodeid})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.passed and report.when != "call":
@@ -163,67 +199,79 @@ class Reporter:
         crash = getattr(report.longrepr, "reprcrash", None)
         lines = str(crash.message if crash else report.longrepr or "").strip().splitlines()
         outcome = "xpassed" if hasattr(report, "wasxfail") else report.outcome
-        self.report(
-            {"test": report.nodeid, "outcome": outcome, "why": lines[0][:300] if lines else ""}
-        )
+        why = lines[0][:300] if lines else ""
+        self.ends.append({"test": report.nodeid, "outcome": outcome, "why": why})
+
+    def pytest_runtest_logfinish(self) -> None:
+        """Report how a test ended, now that its fixtures have put back what they changed."""
+        for end in self.ends:
+            report(end)
+        self.ends.clear()
 
 
-def run_pytest(
-    folder: Path, tests: list[str], report: Callable[[dict], None], *options: str
-) -> None:
+def run_pytest(folder: Path, tests: list[str], *options: str) -> None:
     """Run tests in a staged folder."""
     os.chdir(folder)
     torch.set_num_threads(1)
     sys.path[:1] = [str(folder)]
     options = (*options, "-c", "pyproject.toml", "-p", "no:cacheprovider", "-s", "-q", "--color=no")
+    options = (*options, "--tb=native")  # the others parse the module for every failure
     options = (*options, "-p", "no:unraisableexception")  # it collects garbage, for half a second
-    run = pytest.main  # before a hand-in can replace it
+    options = (*options, "-p", "no:legacypath")  # it replaces functions of pytest
+    sys.audit("grading.start", str(folder))
     try:
         module = Path(importlib.import_module("petseg_utils").__file__)
     except BaseException as error:  # SystemExit is one, too
         return report({"broken": f"{type(error).__name__}: {error}"[:300]})
-    run([*options, *tests], plugins=[Reporter(report)])
     report({"module handed in": module == folder / MODULE})
+    reporter = Reporter()
+    pytest.main([*options, *tests], plugins=[reporter])
+    for end in reporter.ends:
+        report(end)
 
 
 def plain(why: str) -> str:
     """Return pytest's reason in the words of the rubric's tests: expected, found."""
     why = why.removeprefix("AssertionError: ").removeprefix("Failed: ")
+    if unwritten := UNWRITTEN.match(why):
+        return unwritten[1]
     if why.startswith("DID NOT RAISE "):
         return f"expected an {why.removeprefix('DID NOT RAISE ')}, found none"
     if why.startswith("assert "):
         return f"expected a check to hold, found {why}"
-    return (
-        f"expected no error, found {why}"
-        if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", why)
-        else why
-    )
+    error = re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", why)
+    return f"expected no error, found {why}" if error else why
 
 
 def judge(criterion: Criterion, expected: list[str], outcome: Outcome) -> Result:
     """Turn what a process reported into a verdict with its reason."""
-    verdicts = {
-        r["test"]: r for r in outcome.reports if r.get("outcome") != "passed" and "test" in r
-    }
-    passed = {r["test"] for r in outcome.reports if r.get("outcome") == "passed"} - set(verdicts)
-    started = [r["started"] for r in outcome.reports if "started" in r]
-    broken = [r["broken"] for r in outcome.reports if "broken" in r]
+    ends = [r for r in outcome.reports if "test" in r]
+    verdicts = {r["test"]: r for r in ends if r["outcome"] != "passed"}
+    passed = {r["test"] for r in ends if r["outcome"] == "passed"} - set(verdicts)
+    started, broken, tampered = (
+        [r[kind] for r in outcome.reports if kind in r]
+        for kind in ("started", "broken", "tampered")
+    )
     failed = [nodeid for nodeid in expected if nodeid in verdicts]
-    canaries = [nodeid for nodeid in started if nodeid.startswith(CANARY)]
+    canaries = [nodeid for nodeid in started if not (ROOT / nodeid.partition("::")[0]).exists()]
     where = started[-1] if started else "the import of petseg_utils"
-    if broken:
+    if tampered:
+        why = f"{CHANGES}, {tampered[0]}: a teacher has to look at it"
+    elif broken:
         why = f"the module or its tests can't be loaded: {broken[0]}"
     elif failed:
         first = verdicts[failed[0]]
-        why = f"{'' if first['outcome'] == 'failed' else first['outcome'] + ', '}{plain(first['why'])} ({failed[0]})"
+        kind = "" if first["outcome"] == "failed" else f"{first['outcome']}, "
+        why = f"{kind}{plain(first['why'])} ({failed[0]})"
     elif outcome.end == "killed":
-        why = f"it took longer than {outcome.seconds:.0f} s or reported too much, and was stopped in {where}"
+        limit = f"took longer than {outcome.seconds:.0f} s, or reported or wrote too much"
+        why = f"it {limit}, and was stopped in {where}"
     elif outcome.end == "stopped":
         why = f"its process ended in {where}, before all tests were done"
     elif missing := [nodeid for nodeid in expected if nodeid not in passed]:
         why = f"{len(missing)} of {len(expected)} tests gave no verdict, first {missing[0]}"
     elif not canaries or any(nodeid in passed for nodeid in canaries):
-        why = "a test that must fail passed: the hand-in changes how it is judged"
+        why = f"{CHANGES}, a test that must fail: a teacher has to look at it"
     elif {"module handed in": True} not in outcome.reports:
         why = "the module that was tested is not the one handed in"
     else:
@@ -234,15 +282,13 @@ def judge(criterion: Criterion, expected: list[str], outcome: Outcome) -> Result
 def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
     """Return the node ids of each criterion's tests, as collected with the project's own module."""
     tests = sorted({test for criterion in criteria for test in criterion.tests})
+    # Files by name: a test that is absent would hide all others.
+    names = sorted({test.partition("::")[0] for test in tests})
+    files = grader_files()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = stage(Path(temporary).resolve(), ROOT / MODULE)
-        files = sorted(
-            {test.partition("::")[0] for test in tests}
-        )  # by name, one that is absent would hide all others
-        job = Job(
-            "collect", lambda report: run_pytest(folder, files, report, "--collect-only"), LIMIT
-        )
-        reports = run_jobs([job], [], 1, LIMIT)["collect"].reports
+        folder = Path(temporary).resolve()
+        work = Job("", lambda _: run_pytest(stage(folder, files), names, "--collect-only"), LIMIT)
+        reports = run_jobs([work], 1, LIMIT)[""].reports
     if broken := [report["broken"] for report in reports if "broken" in report]:
         sys.exit(f"{ROOT / MODULE} or its tests can't be loaded: {broken[0]}")
     ids = next((report["collected"] for report in reports if "collected" in report), [])
@@ -258,162 +304,217 @@ def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
 # ------------------------------------------------------------------- grading
 
 
-def plan(
-    threads: int, folder: Path, module: Path, notebook: Path, criteria: list[Criterion]
-) -> list[Job]:
-    """Return the jobs that grade a hand-in in `folder`: one for every criterion, named by its
-    folder.
+def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion], threads: int) -> list[Job]:
+    """Return the jobs that grade a hand-in, one for every criterion, named by their folders.
 
     The last one, strict nbval, takes by far the longest, and may have `threads`.
     """
-    run, stored = folder / "run", folder / "stored"
+    own = grader_files()
+    files = {**own, **hand_in.others, MODULE: hand_in.module.read_bytes()}
+    notebook, run = hand_in.notebook.read_bytes(), folder / "run"
     jobs = []
     if any(c.notebook for c in criteria):
         from grading.notebook import SECONDS, execute  # the student edition does without
 
-        jobs.append(
-            Job(str(run), lambda report: execute(stage(run, module, notebook), report), SECONDS)
-        )
+        def execute_notebook(_: Callable[[dict], None]) -> None:
+            execute(stage(run, files, notebook), report)
 
-    def work(c: Criterion, report: Callable[[dict], None]) -> None:
-        own = stage(folder / c.id, ROOT / MODULE if c.notebook else module)
+        run.mkdir(parents=True)
+        jobs.append(Job(str(run), execute_notebook, SECONDS, writable=run, readable=(ROOT,)))
+
+    def work_on(c: Criterion, _: Callable[[dict], None]) -> None:
+        canary = Path("tests") / f"test_{secrets.token_hex(4)}.py"  # a name like any other
+        used = (own if c.notebook else files) | {canary: own[CANARY]}
         if c.notebook:
-            os.environ |= {
-                "GRADED_RUN": str(run),
-                "GRADED_STORED": str(stored),
-                "OMP_NUM_THREADS": str(threads),
-            }
-            if not stored.exists():
-                stage(stored, module, notebook)
-        run_pytest(own, [*c.tests, CANARY], report)
+            stored = stage(folder / "stored", files, notebook)
+            os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+        run_pytest(stage(folder / c.id, used), [*c.tests, str(canary)])
 
     for c in criteria:
-        after = str(run) if c.notebook else ""
-        jobs.append(Job(str(folder / c.id), lambda report, c=c: work(c, report), c.seconds, after))
+        job = Job(str(folder / c.id), partial(work_on, c), c.seconds, readable=(ROOT,))
+        if c.notebook:
+            job = job._replace(after=str(run), readable=(ROOT, run))
+        jobs.append(job)
     return jobs
 
 
-def attempt(
-    hand_ins: list[tuple[Path, Path, list[Criterion]]], seconds: float
-) -> list[dict[str, Outcome]]:
-    """Run modules and notebooks against criteria; return for each pair the outcomes by criterion, and of its "run"."""
-    own = {
-        file.parent for hand_in in hand_ins for file in hand_in[:2]
-    }  # and nobody may write to what is handed in
+def attempt(hand_ins: list[tuple], seconds: float, workers: int = 4) -> list[dict[str, Outcome]]:
+    """Run hand-ins, each (module, notebook, criteria, other files or none), side by side.
+
+    Returns for each the outcomes by criterion, and that of its notebook as "run".
+    """
+    workers = min(workers, os.cpu_count() or 1)
+    threads = workers if len(hand_ins) == 1 else 1  # then no other job is left beside the last
     with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
-        folders = [Path(temporary).resolve() / str(number) for number in range(len(hand_ins))]
-        threads = (
-            torch.get_num_threads() if len(hand_ins) == 1 else 1
-        )  # then no other job is left beside the last
-        jobs = [
-            plan(threads, folder, *hand_in)
-            for folder, hand_in in zip(folders, hand_ins, strict=True)
-        ]
-        read_only = [ROOT, Path(sys.prefix).resolve(), *own]
-        outcomes = run_jobs(
-            [job for some in jobs for job in some], read_only, min(4, os.cpu_count() or 1), seconds
-        )
+        jobs = []
+        for number, (module, notebook, criteria, *others) in enumerate(hand_ins):
+            folder = Path(temporary).resolve() / str(number)
+            jobs.append(plan(folder, HandIn(module, notebook, *others), criteria, threads))
+        outcomes = run_jobs([job for some in jobs for job in some], workers, seconds)
         return [{Path(job.name).name: outcomes[job.name] for job in some} for some in jobs]
 
 
-def grade(module: Path, notebook: Path, rubric: Rubric) -> tuple[list[Result], str]:
-    """Return a result for every criterion, and the notebook's quiz in words."""
-    prepare()
-    expected = expected_tests(rubric.criteria)
-    [outcomes] = attempt([(module, notebook, rubric.criteria)], rubric.seconds)
+class Grade(NamedTuple):
+    """A result for every criterion, and what has to be said once."""
+
+    results: list[Result]
+    notes: list[str]
+
+
+def grade(hand_in: HandIn, rubric: Rubric, expected: dict[str, list[str]], workers: int) -> Grade:
+    """Grade a hand-in: all criteria of the module in one process, and alone what failed there."""
+    of_module = [c for c in rubric.criteria if not c.notebook]
+    tests = [test for c in of_module for test in c.tests]
+    together = Criterion("together", 0, "", tests, seconds=2 * LIMIT)
+    of_notebook = [c for c in rubric.criteria if c.notebook]
+    first = [(hand_in.module, hand_in.notebook, [together, *of_notebook], hand_in.others)]
+    [outcomes] = attempt(first, rubric.seconds, workers)
+    whole = outcomes.pop("together")
+    outcomes |= {c.id: whole for c in of_module}
+    imported = any("module handed in" in report for report in whole.reports)
+    if imported and not any("tampered" in report for report in whole.reports):
+        again = [c for c in of_module if not judge(c, expected[c.id], whole).passed]
+        alone = [(hand_in.module, hand_in.notebook, again, hand_in.others)]
+        outcomes |= attempt(alone, rubric.seconds, workers)[0] if again else {}
+    results = [judge(c, expected[c.id], outcomes[c.id]) for c in rubric.criteria]
     reports = outcomes["run"].reports if "run" in outcomes else []
-    quiz = next((report["quiz"] for report in reports if "quiz" in report), "")
-    return [judge(c, expected[c.id], outcomes[c.id]) for c in rubric.criteria], quiz
+    quiz = [report["quiz"] for report in reports if "quiz" in report]
+    return told_once(results, imported, quiz)
+
+
+def told_once(results: list[Result], imported: bool, notes: list[str]) -> Grade:
+    """Tell once what is the reason of many criteria; who changes what judges gets nothing."""
+    if tampered := [r.why for r in results if r.why.startswith(CHANGES)]:
+        return Grade([r._replace(passed=False, why=tampered[0]) for r in results], notes)
+    told, again = set(), []
+    for result in results:
+        why, c = result.why, result.criterion
+        if not imported and why and not c.notebook:
+            if not told:
+                told.add(why)
+                error = why.partition("loaded: ")[2] or why
+                absent = "ModuleNotFoundError" in error
+                only = " Only what requirements.txt names is there, and what was handed in."
+                note = f"{MODULE} can't be imported: {error.rstrip('.')}.{only * absent}"
+                notes = [note, *notes]
+            why = f"{MODULE} can't be imported"
+        elif unwritten := re.match(r"Write ([\w.]+): (.*?)\.? \([\w/.]+::", why):
+            name, how = unwritten.groups()
+            why = f"it needs {name}" if name in told else f"Write `{name}` first: {how}"
+            told.add(name)
+        again.append(result._replace(why=why))
+    return Grade(again, notes)
 
 
 # ------------------------------------------------------------------- telling
 
 
-def as_markdown(results: list[Result], verdict: str) -> str:
+class Total(NamedTuple):
+    """The points of all criteria together."""
+
+    points: int
+    of: int
+    pass_mark: float
+
+    @property
+    def passed(self) -> bool:
+        return 100 * self.points >= self.pass_mark * self.of
+
+    def __str__(self) -> str:
+        share = 100 * self.points / self.of
+        return f"{self.points} of {self.of} points ({share:.0f} %), pass mark {self.pass_mark} %"
+
+
+def total(results: list[Result], pass_mark: float) -> Total:
+    """Add up points."""
+    points = sum(r.criterion.points * r.passed for r in results)
+    return Total(points, sum(r.criterion.points for r in results), pass_mark)
+
+
+def as_markdown(graded: Grade, verdict: str) -> str:
     """Return the rubric as a Markdown table, for a CI's summary."""
+
+    def safe(text: str) -> str:
+        return text.replace("|", "\\|").replace("<", "&lt;")
+
     lines = ["| criterion | points | why |", "|---|---:|---|"]
-    for c, passed, why, _ in results:
-        text = (why or c.sentence).replace("|", "\\|").replace("<", "&lt;")
-        lines.append(
-            f"| {'✅' if passed else '❌'} {c.id} | {c.points * passed} of {c.points} | {text} |"
-        )
-    return "\n".join([f"**{verdict}**", "", *lines, ""])
+    for c, passed, why, _ in graded.results:
+        sign, text = "✅" if passed else "❌", safe(why or c.sentence)
+        lines.append(f"| {sign} {c.id} | {c.points * passed} of {c.points} | {text} |")
+    return "\n\n".join([f"**{verdict}**", *map(safe, graded.notes), "\n".join(lines)]) + "\n"
 
 
 def as_junit(results: list[Result]) -> bytes:
     """Return the results as JUnit XML, a test case for each criterion."""
-    failures = str(sum(not result.passed for result in results))
-    suite = ElementTree.Element(
-        "testsuite", name="rubric", tests=str(len(results)), failures=failures
-    )
+    count = {"tests": len(results), "failures": sum(not result.passed for result in results)}
+    counts = {key: str(value) for key, value in count.items()}
+    suite = ElementTree.Element("testsuite", name="rubric", **counts)
     for c, passed, why, seconds in results:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname="rubric", name=c.id, time=f"{seconds:.2f}"
-        )
+        known = {"classname": "rubric", "name": c.id, "time": f"{seconds:.2f}"}
+        case = ElementTree.SubElement(suite, "testcase", **known)
         if not passed:
             message = "".join(sign if sign.isprintable() else " " for sign in why)
             ElementTree.SubElement(case, "failure", message=message)
     return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
 
 
+def show(graded: Grade, hints: bool) -> None:
+    """Print the rubric with what was got."""
+    for note in (*graded.notes, f"What the tests draw is GRADED_SEED={os.environ['GRADED_SEED']}."):
+        print(note)
+    for c, passed, why, _ in graded.results:
+        verdict = "pass" if passed else "FAIL"
+        print(f"{verdict}  {c.points * passed:2} of {c.points:2}  {c.id:14} {c.sentence}")
+        lines = (
+            [] if passed else [f"why: {why}", *([f"hint: {c.hint}"] if hints and c.hint else [])]
+        )
+        for line in lines:
+            print(f"{'':18}{line}")
+
+
+def write(out: Path, graded: Grade, pass_mark: float, seconds: float, digest: str = "") -> None:
+    """Write grade.json, grade.md and junit.xml into a folder; `digest` says what was graded."""
+    whole = total(graded.results, pass_mark)
+    content = whole._asdict() | {"passed": whole.passed, "seconds": seconds, "digest": digest}
+    content["notes"] = graded.notes
+    content["criteria"] = [
+        {**r.criterion._asdict(), "passed": r.passed, "got": r.criterion.points * r.passed}
+        | {"why": r.why, "took": r.seconds}
+        for r in graded.results
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2) + "\n"
+    (out / "grade.json").write_text(text, encoding="utf-8")
+    (out / "grade.md").write_text(as_markdown(graded, str(whole)), encoding="utf-8")
+    (out / "junit.xml").write_bytes(as_junit(graded.results))
+
+
 def main() -> None:
     """Grade, print the rubric, write the files; exit with 0 at or above the pass mark."""
-    parser = argparse.ArgumentParser(description="Grade a hand-in by grading/rubric.toml.")
-    parser.add_argument(
-        "--hand-in", type=Path, default=ROOT, help="its folder; the project itself unless given"
-    )
-    parser.add_argument("--out", type=Path, help="folder for grade.json, grade.md and junit.xml")
-    parser.add_argument("--quick", action="store_true", help="judge the module alone")
-    parser.add_argument(
-        "--hints", action="store_true", help="add a hint for every criterion that is not met"
-    )
+    parser = argparse.ArgumentParser(description="Grade hand-ins by grading/rubric.toml.")
+    add = parser.add_argument
+    add("--hand-in", type=Path, default=ROOT, help="its folder; the project itself unless given")
+    add("--hand-ins", type=Path, help="a folder in which every folder is a hand-in; needs --out")
+    add("--out", type=Path, help="folder for grade.json, grade.md and junit.xml (and grades.csv)")
+    add("--quick", action="store_true", help="judge the module alone")
+    add("--hints", action="store_true", help="add a hint for every criterion that is not met")
     given = parser.parse_args()
-    if not any((given.hand_in / file).exists() for file in (MODULE, NOTEBOOK)):
-        sys.exit(
-            f"{given.hand_in} holds neither {MODULE} nor {NOTEBOOK}: name the folder of a hand-in."
-        )
     start = time.monotonic()
     rubric = read_rubric(quick=given.quick)
-    files = [find(given.hand_in, file).absolute() for file in (MODULE, NOTEBOOK)]
-    results, quiz = grade(*files, rubric)
-    for c, passed, why, _ in results:
-        print(
-            f"{'pass' if passed else 'FAIL'}  {c.points * passed:2} of {c.points:2}  {c.id:14} {c.sentence}"
-        )
-        if not passed:
-            print(
-                f"{'':18}why: {why}"
-                + (f"\n{'':18}hint: {c.hint}" if given.hints and c.hint else "")
-            )
-    points, most = (
-        sum(r.criterion.points * r.passed for r in results),
-        sum(c.points for c in rubric.criteria),
-    )
-    enough = 100 * points >= rubric.pass_mark * most
-    verdict = (
-        f"{points} of {most} points ({100 * points / most:.0f} %), pass mark {rubric.pass_mark} %"
-    )
-    seconds = time.monotonic() - start
-    print(f"{verdict}: {'passed' if enough else 'NOT passed'}, in {seconds:.0f} s. {quiz}")
+    if given.hand_ins:
+        from grading.hand_ins import grade_class  # the student edition does without
+
+        sys.exit(grade_class(given.hand_ins, given.out, rubric))
+    hand_in = find_all(given.hand_in)
+    prepare()
+    graded = grade(hand_in, rubric, expected_tests(rubric.criteria), 4)
+    show(graded, given.hints)
+    whole, seconds = total(graded.results, rubric.pass_mark), time.monotonic() - start
+    print(f"{whole}: {'passed' if whole.passed else 'NOT passed'}, in {seconds:.0f} s.")
     if given.out:
-        rows = [
-            {**c._asdict(), "passed": p, "got": c.points * p, "why": w, "took": s}
-            for c, p, w, s in results
-        ]
-        content = {
-            "points": points,
-            "of": most,
-            "pass_mark": rubric.pass_mark,
-            "passed": enough,
-            "seconds": seconds,
-        }
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "grade.json").write_text(
-            json.dumps({**content, "quiz": quiz, "criteria": rows}, indent=2) + "\n"
-        )
-        (given.out / "grade.md").write_text(as_markdown(results, verdict))
-        (given.out / "junit.xml").write_bytes(as_junit(results))
-    sys.exit(not enough)
+        write(given.out, graded, rubric.pass_mark, seconds)
+    sys.exit(not whole.passed)
 
 
 if __name__ == "__main__":

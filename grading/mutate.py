@@ -1,7 +1,7 @@
-"""Show that no grade is vacuous: `python -m grading.mutate [--sample]` grades every mutant.
+"""Show that no grade is vacuous: `python -m grading.mutate [NAME] [--sample]` grades the mutants.
 
 A seeded fault has to turn its criterion red, with a reason; a harmless variant has to keep all of
-its criteria green.
+its criteria green. NAME is a part of the names, or of the criteria, of those that are graded.
 """
 
 import argparse
@@ -13,128 +13,115 @@ from pathlib import Path
 
 import nbformat
 
-from grading.grade import (
-    MODULE,
-    NOTEBOOK,
-    ROOT,
-    Criterion,
-    Result,
-    attempt,
-    expected_tests,
-    judge,
-    prepare,
-    read_rubric,
-)
-from grading.mutants import (
-    MODULE_FAULTS,
-    MODULE_HARMLESS,
-    NOTEBOOK_FAULTS,
-    NOTEBOOK_HARMLESS,
-    OUTPUT_FAULTS,
-    Mutant,
-)
+from grading import grade
+from grading.grade import MODULE, NOTEBOOK, ROOT, Criterion, Result
+from grading.mutants import MODULE_FAULTS, MODULE_HARMLESS, OF_MODULE, OF_NOTEBOOK, Mutant
 
-OF_MODULE, OF_NOTEBOOK = (
-    (*MODULE_FAULTS, *MODULE_HARMLESS),
-    (*NOTEBOOK_FAULTS, *NOTEBOOK_HARMLESS, *OUTPUT_FAULTS),
-)
 MOST_SECONDS = 1800
 LIMIT_OF_ALL = 120
 LIMIT = 30  # for a module's criterion: a mutant that hangs is seen sooner than a hand-in
 UNSEEN = {"outputs"}  # of a harmless variant: its stored outputs are those of another notebook
+BORDER = "\n#%%\n"  # between the cells of a notebook
 
 
-def changed(source: str, changes: tuple[str, ...], name: str) -> str:
-    """Return the source with every old text replaced by its new one. Errors: SystemExit if one isn't there once."""
-    for old, new in zip(changes[::2], changes[1::2], strict=True):
-        if source.count(old) != 1:
-            sys.exit(
-                f"mutant {name!r}: its text is there {source.count(old)} times, not once: {old!r}"
-            )
+def sources() -> dict[str, str]:
+    """Return the text that mutants change, by their kind."""
+    notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
+    cells = BORDER.join(cell.source for cell in notebook.cells)
+    return {"module": (ROOT / MODULE).read_text(encoding="utf-8"), "notebook": cells}
+
+
+def kind_of(mutant: Mutant) -> str:
+    return "notebook" if mutant in OF_NOTEBOOK else "module"
+
+
+def lost_texts(chosen: list[Mutant]) -> list[str]:
+    """Return a line for each text of the mutants that isn't there exactly once."""
+    text = sources()
+    return [
+        f"mutant {m.name!r} of {m.criterion or 'none'}: its text is there {count} times: {old!r}"
+        for m in chosen
+        for old in m.changes[::2]
+        if (count := text[kind_of(m)].count(old)) != 1
+    ]
+
+
+def changed(source: str, mutant: Mutant) -> str:
+    """Return the source with every old text replaced by its new one, and what is appended."""
+    for old, new in zip(mutant.changes[::2], mutant.changes[1::2], strict=True):
         source = source.replace(old, new)
-    return source
+    return f"{source}\n\n{mutant.append}" if mutant.append else source
 
 
 def write(mutant: Mutant, path: Path) -> None:
-    """Write the project's module or notebook, as the path's suffix says, with a mutant's changes."""
+    """Write the project's module or notebook, as the path's suffix says, as the mutant has it."""
+    source = changed(sources()[kind_of(mutant)], mutant)
     if path.suffix == ".py":
-        path.write_text(changed((ROOT / MODULE).read_text(), mutant.changes, mutant.name))
+        path.write_text(source, encoding="utf-8")
         return
     notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
-    border = "\n#%%\n"
-    sources = changed(
-        border.join(cell.source for cell in notebook.cells), mutant.changes, mutant.name
-    ).split(border)
-    for cell, source in zip(notebook.cells, sources, strict=True):
-        cell.source = source
+    for cell, text in zip(notebook.cells, source.split(BORDER), strict=True):
+        cell.source = text
     mutant.mark([cell for cell in notebook.cells if cell.cell_type == "code"])
     nbformat.write(notebook, path)
 
 
 def criteria() -> dict[str, Criterion]:
-    """Return the rubric's criteria by id, and all of the module's and all of the notebook's, each as one criterion."""
-    rubric = [
-        c._replace(seconds=c.seconds if c.notebook else LIMIT) for c in read_rubric().criteria
-    ]
+    """Return the criteria by id, and the whole module's and the whole notebook's, each as one."""
     every = {}
-    for name, of_notebook in (("all of the module", False), ("all of the notebook", True)):
-        tests = [
-            test
-            for c in rubric
-            if c.notebook == of_notebook and c.id not in UNSEEN
-            for test in c.tests
-        ]
-        every[name] = Criterion(name, 0, "", tests, of_notebook, seconds=LIMIT_OF_ALL)
-    return {c.id: c for c in rubric} | every
+    for c in grade.read_rubric().criteria:
+        every[c.id] = c if c.notebook else c._replace(seconds=LIMIT)
+    for kind in ("module", "notebook"):
+        some = [c for c in every.values() if c.notebook == (kind == "notebook")]
+        tests = [test for c in some if c.id not in UNSEEN for test in c.tests]
+        name = f"all of the {kind}"
+        every[name] = Criterion(name, 0, "", tests, kind == "notebook", seconds=LIMIT_OF_ALL)
+    return every
 
 
 def judge_mutants(chosen: list[Mutant]) -> list[Result]:
     """Return what each mutant got for its criterion, or a harmless variant for all of them."""
-    prepare()
+    grade.prepare()
     rubric = criteria()
-    expected = expected_tests(list(rubric.values()))
+    expected = grade.expected_tests(list(rubric.values()))
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         hand_ins, judged = [], []
         for number, mutant in enumerate(chosen):
-            kind, own = ("notebook", NOTEBOOK) if mutant in OF_NOTEBOOK else ("module", MODULE)
+            kind = kind_of(mutant)
             judged.append(rubric[mutant.criterion or f"all of the {kind}"])
+            own = NOTEBOOK if kind == "notebook" else MODULE
             path = Path(temporary).resolve() / f"{number}{own.suffix}"
             write(mutant, path)
             pair = (path, ROOT / NOTEBOOK) if kind == "module" else (ROOT / MODULE, path)
             hand_ins.append((*pair, [judged[-1]]))
-        outcomes = attempt(hand_ins, MOST_SECONDS)
+        outcomes = grade.attempt(hand_ins, MOST_SECONDS)
         return [
-            judge(c, expected[c.id], outcome[c.id])
+            grade.judge(c, expected[c.id], outcome[c.id])
             for c, outcome in zip(judged, outcomes, strict=True)
         ]
 
 
 def main() -> None:
-    """Grade the mutants, print what came out, and exit with 1 if one survived or a harmless variant lost points."""
+    """Grade the mutants and print what came out; exit with 1 if one was judged wrongly."""
     parser = argparse.ArgumentParser(description="Grade seeded faults and harmless variants.")
-    parser.add_argument(
-        "--sample",
-        action="store_true",
-        help="every sixth fault of the module, every second variant",
-    )
-    parser.add_argument(
-        "--only", default="", help="only mutants whose criterion or name holds this"
-    )
+    parser.add_argument("name", nargs="?", default="", help="part of a mutant's criterion: name")
+    sampled = "every sixth fault of the module, every second variant"
+    parser.add_argument("--sample", action="store_true", help=sampled)
     given = parser.parse_args()
     start = time.monotonic()
-    chosen = [m for m in (*OF_MODULE, *OF_NOTEBOOK) if given.only in f"{m.criterion}: {m.name}"]
+    chosen = [m for m in (*OF_MODULE, *OF_NOTEBOOK) if given.name in f"{m.criterion}: {m.name}"]
     if given.sample:
         chosen = [*MODULE_FAULTS[::6], *MODULE_HARMLESS[::2]]
+    if lost := lost_texts(chosen):
+        sys.exit("\n".join([*lost, "These mutants have to follow the source: mend mutants.toml."]))
     wrong = []
     for mutant, (criterion, passed, why, _) in zip(chosen, judge_mutants(chosen), strict=True):
         right = passed != bool(mutant.criterion) and mutant.why in why
         wrong += [] if right else [mutant.name]
         verdict = "green" if passed else why if right else f"{why}; it should say {mutant.why!r}"
         print(f"{'ok   ' if right else 'WRONG'} {mutant.name}: {criterion.id}, {verdict}")
-    kinds = Counter("faults" if mutant.criterion else "harmless variants" for mutant in chosen)
-    print(
-        f"{dict(kinds)}, {len(wrong)} judged wrongly {wrong}, in {time.monotonic() - start:.0f} s"
-    )
+    kinds = dict(Counter("faults" if m.criterion else "harmless variants" for m in chosen))
+    print(f"{kinds}, {len(wrong)} judged wrongly {wrong}, in {time.monotonic() - start:.0f} s")
     sys.exit(bool(wrong))
 
 

@@ -1,9 +1,8 @@
-"""Run functions in processes of their own that may hang, crash, fork or eat memory without harm to
-the grader.
+"""Run functions in processes that may hang, crash, fork or eat memory without harm to the grader.
 
 Each gets limits, a process group that is killed as a whole and, where Linux allows it, namespaces
-of its own: without a network, with its own process numbers, and with chosen folders read-only. It
-is no security boundary: see README.md.
+of its own: without a network, with its own process numbers, and with nothing to write to but one
+folder and a small /tmp of its own. It is no security boundary: see README.md.
 """
 
 import ctypes
@@ -15,6 +14,8 @@ import secrets
 import signal
 import socket
 import struct
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,13 +24,24 @@ from typing import NamedTuple
 
 MEMORY = 12 * 2**30  # of address space; PyTorch reserves more than it uses
 FILE_SIZE = 2**28
-PROCESSES = 1000  # threads included; without namespaces all that the user runs counts, so it is four times as many
+SPACE = 2**30  # bytes in the folder that a job may write to, and as many in its /tmp
+PROCESSES = 1000  # threads included; without namespaces all of the user's count: four times as many
 NOBODY = 65534
 REPORTS = 2**20  # bytes that a job may report
+GUARD = compile((Path(__file__).parent / "guard.py").read_text(encoding="utf-8"), "guard", "exec")
+TEMPORARY = Path(tempfile.gettempdir()).resolve()
 
 NEW_MOUNTS, NEW_USER, NEW_PROCESSES, NEW_NETWORK = 0x00020000, 0x10000000, 0x20000000, 0x40000000
-READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 32, 4096, 16384, 1 << 18  # flags of mount(2)
-DEATH_SIGNAL, KEEP_CAPABILITIES, AMBIENT, RAISE = 1, 8, 47, 2  # of prctl(2)
+BIND, RECURSIVE, PRIVATE = 4096, 16384, 1 << 18  # flags of mount(2)
+SET_ATTRIBUTES, OF_ALL_BELOW, READ_ONLY = 442, 0x8000, 1  # mount_setattr(2)
+DEATH_SIGNAL, DUMPABLE, KEEP_CAPABILITIES, NO_NEW, AMBIENT, RAISE = (
+    1,
+    4,
+    8,
+    38,
+    47,
+    2,
+)  # of prctl(2)
 FILES_OF_ALL, CAPABILITIES = 1, 0x20080522  # CAP_DAC_OVERRIDE, and the version of capset(2)
 
 
@@ -40,53 +52,78 @@ class Job(NamedTuple):
     work: Callable[[Callable[[dict], None]], None]
     seconds: float
     after: str = ""  # the job that has to end first
+    writable: Path | None = None  # the folder that it may write to, beside a /tmp of its own
+    readable: tuple[Path, ...] = ()  # what it reads, also if that lies in /tmp
 
 
 class Outcome(NamedTuple):
-    """What a job reported, and how it ended: 'finished', 'stopped' (by itself, too early), 'killed' (by the limit)."""
+    """What a job reported, and how it ended.
+
+    That is 'finished', 'stopped' (by itself, too early), or 'killed' (by a limit).
+    """
 
     reports: list[dict]
     end: str
     seconds: float
 
 
-def isolate(read_only: list[Path]) -> bool:
-    """Move into namespaces of our own, as far as the system allows; return whether children get process numbers."""
+def isolate(job: Job) -> bool:
+    """Move into namespaces of our own; return whether the system allows it."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None, use_errno=True)
         uid, new = os.getuid(), NEW_MOUNTS | NEW_PROCESSES | NEW_NETWORK
         if libc.unshare(new) != 0:
             if libc.unshare(new | NEW_USER) != 0:
                 return False
-            Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
-        libc.mount(b"none", b"/", None, RECURSIVE | PRIVATE, None)
-        for folder in {str(folder).encode() for folder in read_only}:
-            libc.mount(folder, folder, None, BIND, None)
-            libc.mount(b"none", folder, None, BIND | REMOUNT | READ_ONLY, None)
-        with (
-            socket.socket() as any_socket,
-            suppress(OSError),
-        ):  # kernels talk to us through the loopback device
-            fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
+            Path("/proc/self/uid_map").write_text(f"0 {uid} 1", encoding="utf-8")
+        close_files(libc, job)
+        # Kernels talk to us through the loopback device: SIOCSIFFLAGS, IFF_UP.
+        with socket.socket() as any_socket, suppress(OSError):
+            fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))
         return True
     return False
 
 
+def close_files(libc: ctypes.CDLL, job: Job) -> None:
+    """Make all files read-only, and /tmp and /dev/shm empty, small and our own."""
+    libc.mount(b"none", b"/", None, RECURSIVE | PRIVATE, None)
+    seen = [Path(sys.prefix).resolve(), *job.readable, *([job.writable] if job.writable else [])]
+    doors = {path: os.open(path, os.O_RDONLY) for path in seen}  # they may lie in /tmp
+    set_read_only(libc, Path("/"), True, OF_ALL_BELOW)
+    for folder, size in ((TEMPORARY, SPACE), (Path("/dev/shm"), FILE_SIZE)):
+        options = f"size={size},mode=1777".encode()
+        libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, options)
+    for path, door in doors.items():
+        if path == job.writable or TEMPORARY in path.parents:
+            path.mkdir(parents=True, exist_ok=True)
+            libc.mount(f"/proc/self/fd/{door}".encode(), bytes(path), None, BIND, None)
+            set_read_only(libc, path, path != job.writable)
+        os.close(door)
+    os.environ["HOME"] = str(TEMPORARY)  # in which kernels keep their notes
+
+
+def set_read_only(libc: ctypes.CDLL, folder: Path, wanted: bool, flags: int = 0) -> None:
+    """Set whether a mounted folder may be written to."""
+    attributes = struct.pack("4Q", READ_ONLY * wanted, READ_ONLY * (not wanted), 0, 0)
+    libc.syscall(SET_ATTRIBUTES, -100, bytes(folder), flags, attributes, len(attributes))
+
+
 def leave_root() -> None:
-    """Become nobody, but reach the files that root does: Linux counts everybody's processes but those of root."""
+    """Become nobody, since Linux counts no process of root, but still reach root's files."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.prctl(KEEP_CAPABILITIES, 1)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        with suppress(OSError):  # in a namespace of users there is nobody else
+            os.setresuid(NOBODY, NOBODY, NOBODY)
         header, kept = struct.pack("Ii", CAPABILITIES, 0), 1 << FILES_OF_ALL
-        libc.capset(
-            header, struct.pack("6I", kept, kept, kept, 0, 0, 0)
-        )  # effective, permitted, inheritable
+        # effective, permitted, inheritable
+        libc.capset(header, struct.pack("6I", kept, kept, kept, 0, 0, 0))
         libc.prctl(AMBIENT, RAISE, FILES_OF_ALL, 0, 0)  # so that kernels have it, too
+        libc.prctl(NO_NEW, 1, 0, 0, 0)
 
 
 def limit(processes: int) -> None:
-    """Set the limits that the system knows by process, and be the first to go when the memory is used up."""
+    """Set limits, and be the first to go when the memory is used up."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     for kind, most in (("AS", MEMORY), ("FSIZE", FILE_SIZE), ("NPROC", processes), ("CORE", 0)):
@@ -97,57 +134,61 @@ def limit(processes: int) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that forked it ends."""
+    """Ask Linux to kill this process when its parent ends, and to let no other read its memory."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
+        libc = ctypes.CDLL(None)
+        libc.prctl(DEATH_SIGNAL, signal.SIGKILL)
+        libc.prctl(DUMPABLE, 0, 0, 0, 0)
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes that a folder's files take."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    return total
 
 
 class Child:
-    """A job in a process of its own, forked from this one, so that what was imported here is there at once."""
+    """A job in a process forked from this one, so that what was imported here is there at once."""
 
-    def __init__(self, job: Job, read_only: list[Path]) -> None:
+    def __init__(self, job: Job) -> None:
         self.job, self.start, self.received = job, time.monotonic(), b""
+        self.measured, self.full = self.start, False
         self.nonce = secrets.token_hex(16)  # without it nothing that comes through the pipe counts
         self.pipe, inner = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 os.setsid()
-                self.run(inner, read_only)
+                self.run(inner)
             finally:
                 os._exit(1)
         os.close(inner)
         os.set_blocking(self.pipe, False)
 
-    def run(self, pipe: int, read_only: list[Path]) -> None:
+    def run(self, pipe: int) -> None:
         """Do the job, in the child."""
         os.close(self.pipe)
         die_with_parent()
-        alone = isolate(read_only)
-        if alone and (
-            inner := os.fork()
-        ):  # the first one born there takes all others along when it dies
+        alone = isolate(self.job)
+        if alone and (inner := os.fork()):  # the first one born there takes all others along
             os.write(pipe, f"{self.nonce} {json.dumps({'inner': inner})}\n".encode())
             os.waitpid(inner, 0)
             return
-        if alone:
-            ctypes.CDLL(None).mount(
-                b"proc", b"/proc", b"proc", 0, None
-            )  # it shows what lives there, and no more
+        if alone:  # /proc shows what lives there, and no more
+            ctypes.CDLL(None).mount(b"proc", b"/proc", b"proc", 0, None)
         limit(PROCESSES if alone else 4 * PROCESSES)
         die_with_parent()
         nothing = os.open(os.devnull, os.O_RDWR)  # nobody reads what a hand-in prints
         for stream in (0, 1, 2):
             os.dup2(nothing, stream)
-        nonce, write, dumps = (
-            self.nonce,
-            os.write,
-            json.dumps,
-        )  # bound before a hand-in can replace them
-
-        def report(content: dict) -> None:
-            write(pipe, f"{nonce} {dumps(content)}\n".encode())
-
+        guard = {"__name__": "guard"}
+        exec(GUARD, guard)
+        guard["open_channel"](pipe, self.nonce, Child.run.__code__)
+        del guard, self.nonce  # from here on, the channel alone has it
         self.job.work(report)
         report({"end": "finished"})
 
@@ -158,37 +199,42 @@ class Child:
                 self.received += part
         gone = self.pid == os.waitpid(self.pid, os.WNOHANG)[0]
         finished = b'{"end": "finished"}\n' in self.received
-        seconds = time.monotonic() - self.start
-        late = seconds > self.job.seconds or len(self.received) > REPORTS
+        now = time.monotonic()
+        if self.job.writable and now > self.measured + 1:
+            self.measured, self.full = now, size_of(self.job.writable) > SPACE
+        late = now > self.start + self.job.seconds or len(self.received) > REPORTS or self.full
         if not (gone or finished or late):
             return None
         reports = self.read_reports()
-        for pid in (
-            -self.pid,
-            *(report["inner"] for report in reports[:1] if "inner" in report),
-        ):  # - is the group
+        # A negative number is the group's.
+        for pid in (-self.pid, *(report["inner"] for report in reports[:1] if "inner" in report)):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not gone:
             os.waitpid(self.pid, 0)
         os.close(self.pipe)
         ended = reports and reports[-1] == {"end": "finished"}
-        return Outcome(reports, "finished" if ended else "killed" if late else "stopped", seconds)
+        end = "finished" if ended else "killed" if late else "stopped"
+        return Outcome(reports, end, now - self.start)
 
     def read_reports(self) -> list[dict]:
-        """Return what came through the pipe, without lines that are not ours, cut off, or mixed by forked writers."""
+        """Return what came through the pipe; a line that isn't signed is reported as tampering."""
         reports = []
         for line in self.received.split(b"\n")[:-1]:
             nonce, _, text = line.partition(b" ")
             with suppress(ValueError):
-                reports += [json.loads(text)] if nonce == self.nonce.encode() else []
+                signed = nonce == self.nonce.encode()
+                reports.append(json.loads(text) if signed else {"tampered": "a report unsigned"})
         return reports
 
 
-def run_jobs(
-    jobs: list[Job], read_only: list[Path], workers: int, seconds: float
-) -> dict[str, Outcome]:
-    """Run jobs side by side, each after the one it waits for; what has not ended after `seconds` is killed."""
+def report(content: dict, items: list | None = None) -> None:
+    """Report from within a job; `items` are the tests that pytest collected."""
+    sys.audit("grading.report", json.dumps(content).encode(), items)
+
+
+def run_jobs(jobs: list[Job], workers: int, seconds: float) -> dict[str, Outcome]:
+    """Run jobs side by side, each after the one it waits for; kill what is left after `seconds`."""
     deadline = time.monotonic() + seconds
     waiting, running, outcomes = list(jobs), [], {}
     while waiting or running:
@@ -196,7 +242,7 @@ def run_jobs(
         for job in ready[: workers - len(running)]:
             waiting.remove(job)
             left = max(0.0, deadline - time.monotonic())
-            running.append(Child(job._replace(seconds=min(job.seconds, left)), read_only))
+            running.append(Child(job._replace(seconds=min(job.seconds, left))))
         for child in list(running):
             outcome = child.poll()
             if outcome:

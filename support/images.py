@@ -7,11 +7,12 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 from pillow_heif import register_heif_opener
+from tqdm import tqdm
 
 from support.parameters import InputError, reason
 
 MAX_PIXELS = 200_000_000  # of one image, which then takes 0.8 GB decoded: more than phones make
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow itself would refuse twice as many, and warn before
+Image.MAX_IMAGE_PIXELS = None  # our limit takes the place of Pillow's, which warns before
 register_heif_opener()  # what iPhones write
 
 
@@ -30,6 +31,8 @@ def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Imag
                 image = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}: check the name.") from None
+    except MemoryError:
+        raise InputError(f"the memory ran out while {path} was decoded: make it smaller.") from None
     except Exception as error:  # Pillow's decoders have many ways to fail on a damaged file
         why = reason(error).removesuffix(f" {str(path)!r}")
         sentence = f"{path} cannot be decoded ({why}): replace it by an intact image file."
@@ -53,7 +56,7 @@ def check_header(image: Image.Image, rgb: bool, paired: bool) -> None:
 
 
 def open_pair(photo: Path, trimap: Path) -> tuple[Image.Image, Image.Image]:
-    """Decode a photo and its trimap: of the same size, 8 bits, only 1, 2, 3. Errors: `InputError`."""
+    """Decode a photo and its trimap: as large, in 8 bits, only 1, 2 and 3. Errors: `InputError`."""
     image, labels = open_image(photo, paired=True), open_image(trimap, rgb=False)
     strangers = {value for value, count in enumerate(labels.histogram()) if count} - {1, 2, 3}
     why = ""
@@ -66,3 +69,17 @@ def open_pair(photo: Path, trimap: Path) -> tuple[Image.Image, Image.Image]:
     if why:
         raise InputError(f"{trimap} {why}: replace it.")
     return image, labels
+
+
+def check_pairs(pairs: list[tuple[Path, Path]]) -> None:
+    """Raise `InputError` that tells of all photos and trimaps that are unusable, unless none is."""
+    faults = []
+    for pair in tqdm(pairs, "check all images", leave=False):
+        try:
+            open_pair(*pair)
+        except InputError as error:
+            faults.append(str(error).rstrip("."))
+    if faults:
+        count = f"{len(faults)} of {len(pairs)} images are unusable: " if len(faults) > 1 else ""
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(f"{count}{'; '.join(faults[:10])}{more}.")

@@ -1,5 +1,4 @@
-"""Write files that survive a crash, read files that may be damaged, and keep a folder to one
-process.
+"""Write files that survive a crash, read damaged ones, and keep a folder to one process.
 
 A file of its own, since nothing here is about segmentation; `petseg_utils` passes on what the
 notebooks use. Nothing else in this project writes a result. (Tensors have `tensor_files`, so that
@@ -24,8 +23,7 @@ from support.parameters import InputError, brief, reason
 
 
 def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
-    """Let `write` fill a buffer, then put it at `path`: readers see the old file or the new, never
-    half of one.
+    """Let `write` fill a buffer, then put it at `path`: readers see the old file or the new.
 
     That holds after a loss of power, too. Errors: `InputError` if the disk refuses; the old file is
     kept then.
@@ -42,9 +40,8 @@ def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
         os.replace(draft, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({reason(error)}): make room, or another place, for it."
-        ) from None
+        what = "make room, or another place, for it"
+        raise InputError(f"{path} cannot be written ({reason(error)}): {what}.") from None
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -70,7 +67,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def git_name(path: Path) -> str:
-    """Return git's name of a file's content: `git log --find-object=NAME` finds the commits that have it."""
+    """Return git's name of a file's content, which `git log --find-object=NAME` finds."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -83,9 +80,8 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read ({reason(error)}): put it there again.") from None
     if data[:2] == b"\x1f\x8b":
         raise InputError(f"{path} is compressed with gzip from its line 1 on: unpack it.")
-    for encoding in (
-        ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "latin-1")
-    ):
+    marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    for encoding in ["utf-16"] if marked else ["utf-8-sig", "latin-1"]:
         with suppress(UnicodeDecodeError):
             return data.decode(encoding)
     raise InputError(f"{path} is no text from its line 1 on: save it again, in UTF-8.")
@@ -105,13 +101,11 @@ def read_names(path: Path) -> dict[str, int]:
             continue
         name = re.fullmatch(r"(.+?)(\s+\d+){0,3}", line)[1]
         if not re.fullmatch(r"\w[\w .+-]*", name) or len(name.encode()) > 250:
-            raise InputError(
-                f"{path} has in line {number} {brief(name)}, which is no name of an image: correct it."
-            )
+            what = f"{brief(name)}, which is no name of an image: correct it"
+            raise InputError(f"{path} has in line {number} {what}.")
         if name in names:
-            raise InputError(
-                f"{path} has {name} twice, in lines {names[name]} and {number}: remove one."
-            )
+            lines = f"in lines {names[name]} and {number}"
+            raise InputError(f"{path} has {name} twice, {lines}: remove one.")
         names[name] = number
     return names
 
@@ -120,26 +114,23 @@ PATIENCE = 10  # seconds that a lock waits for a process that may be about to en
 
 
 def lock(path: Path) -> None:
-    """Lock a file until this process ends, however it ends. Errors: filelock's `Timeout` if another
-    one holds it.
+    """Lock a file until this process ends, however it ends.
 
-    A process that was just stopped takes some seconds to end, which are waited for.
+    A process that was just stopped takes some seconds to end, which are waited for. Errors:
+    filelock's `Timeout` if another one holds the lock.
     """
     own = FileLock(path, is_singleton=True)  # one for all calls of a process
     try:
         own.acquire(timeout=0)
     except Timeout:
-        print(
-            f"another run is writing to {path.parent}: waiting {PATIENCE} seconds for its end",
-            file=sys.stderr,
-        )
+        told = f"another run is writing to {path.parent}: waiting {PATIENCE} seconds for its end"
+        print(told, file=sys.stderr)
         own.acquire(timeout=PATIENCE)
     atexit.register(own.release)
 
 
 def own_folder(folder: Path, room: int) -> None:
-    """Make a folder that this process alone may write to until it ends, with room for so many
-    bytes.
+    """Make a folder that this process alone may write to, with room for so many bytes.
 
     Drafts of processes that were killed are removed. Errors: `InputError` if the folder is in use,
     can't be written to, or lies on a disk that is too full.
@@ -154,9 +145,9 @@ def own_folder(folder: Path, room: int) -> None:
         what = "wait for it, shut down its kernel, or choose another RUN_NAME"
         raise InputError(f"another run is writing to {folder}: {what}.") from None
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} cannot be written to ({reason(error)}): change its rights, or RUN_NAME."
-        ) from None
+        why = f"{folder} cannot be written to ({reason(error)})"
+        raise InputError(f"{why}: change its rights, or RUN_NAME.") from None
     if free < room:
-        need = f"the run needs {room / 1e6:,.0f} MB on the disk of {folder}, where {free / 1e6:,.0f} MB are free"
-        raise InputError(f"{need}: make room, or BASE_CHANNELS smaller.")
+        need = f"the run needs {room / 1e6:,.0f} MB on the disk of {folder}"
+        there = f"{free / 1e6:,.0f} MB are free"
+        raise InputError(f"{need}, where {there}: make room, or BASE_CHANNELS smaller.")

@@ -20,34 +20,32 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 def load_tensors(path: Path) -> dict:
-    """Read what `torch.save` wrote, compare its checksums, and run no code that it may hold. Errors: `InputError`."""
+    """Read what `torch.save` wrote, compare its checksums, and run no code that it may hold.
+
+    Errors: `InputError`.
+    """
     try:
         data = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(data) as archive:
             parts = archive.infolist()
             size = sum(part.file_size for part in parts)  # more than there is in a bomb
-            marked = any(
-                part.external_attr for part in parts
-            )  # as folders, say, which torch takes for empty files
+            marked = any(part.external_attr for part in parts)  # torch reads past these, too
             if size > len(data.getbuffer()) or marked or archive.testzip():
-                raise ValueError(
-                    "a wrong size, mark or checksum, all of which torch would read past"
-                )
+                raise ValueError("a wrong size, mark or checksum, which torch would read past")
         data.seek(0)
         content = torch.load(data, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not finite(content):
             raise ValueError("no dictionary, or one with numbers that are none")
         return content
     except FileNotFoundError:
-        raise InputError(
-            f"there is no file {path}: name the folder of a run that has it."
-        ) from None
-    except Exception:  # zipfile and torch have two dozen ways to fail on a damaged file, most of them in many lines
+        what = "name the folder of a run that has it"
+        raise InputError(f"there is no file {path}: {what}.") from None
+    except Exception:  # zipfile and torch have two dozen ways to fail on a damaged file
         raise InputError(f"{path} is damaged, or not of this project: train again.") from None
 
 
 def finite(value: object) -> bool:
-    """Return whether there is no NaN and no infinity in tensors and numbers, and containers of them."""
+    """Return whether no NaN and no infinity is in tensors, numbers and containers of them."""
     if isinstance(value, dict | list | tuple):
         return all(map(finite, value.values() if isinstance(value, dict) else value))
     if isinstance(value, torch.Tensor):

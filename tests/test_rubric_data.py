@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from drawn import draw
 from PIL import Image
 
 from petseg_utils import IGNORE, InputError, augment, hold_out, load_pets, read_split
 
-NAMES = [
-    f"{breed}_{number}" for breed in ("pug", "Bengal", "Maine_Coon") for number in range(1, 31)
-]
+BREEDS = ("pug", "Bengal", "Maine_Coon")
+NAMES = [f"{breed}_{number}" for breed in BREEDS for number in range(1, 31)]
 
 
 @pytest.fixture
@@ -31,8 +31,19 @@ def test_split_is_what_its_file_lists(copied):
         assert found == expected, (
             f"expected the {len(expected)} names of {split}.txt, sorted, found {len(found)}"
         )
-    limited = read_split(copied, "trainval", 10)
-    assert len(set(limited)) == 10, f"expected 10 names with limit=10, found {len(set(limited))}"
+
+
+def test_limit_draws_names_by_the_seed(sample):
+    random = draw("limit")
+    limit, seed = random.randint(8, 16), random.randrange(1000)
+    names = read_split(sample, "trainval")
+    some = [read_split(sample, "trainval", limit, s) for s in (seed, seed, seed + 1, seed + 2)]
+    for found in some:
+        assert len(set(found)) == limit, f"expected {limit} names with limit={limit}, found others"
+        assert found == sorted(set(found) & set(names)), "expected names of the split, sorted"
+    assert some[0] == some[1], "expected the same names for the same seed, found others"
+    assert len(set(map(tuple, some))) == 3, "expected other names for another seed, found the same"
+    assert names[:limit] not in some, "expected names drawn by the seed, found the first ones"
 
 
 def test_missing_file_is_named(copied):
@@ -42,18 +53,19 @@ def test_missing_file_is_named(copied):
         read_split(copied, "test")
 
 
-def test_held_out_images_are_a_tenth_of_every_breed_and_no_others():
-    rest, held = hold_out(NAMES, 0.1, seed=1)
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_held_out_images_are_a_share_of_every_breed_and_no_others(fraction):
+    rest, held = hold_out(NAMES, fraction, seed=draw("held out").randrange(1000))
     common = set(rest) & set(held)
     assert not common, f"expected no name on both sides, found {min(common)}"
     assert sorted(rest + held) == sorted(NAMES), (
         "expected every name on one side, found some on none"
     )
-    found = {
-        breed: sum(name.startswith(breed) for name in held)
-        for breed in ("pug", "Bengal", "Maine_Coon")
-    }
-    assert set(found.values()) == {3}, f"expected 3 of 30 held out of every breed, found {found}"
+    found = {breed: sum(name.startswith(breed) for name in held) for breed in BREEDS}
+    count = round(30 * fraction)
+    assert set(found.values()) == {count}, (
+        f"expected {count} of 30 held out of every breed, found {found}"
+    )
 
 
 def test_held_out_images_depend_on_the_seed_alone():
@@ -62,33 +74,39 @@ def test_held_out_images_depend_on_the_seed_alone():
     assert first != other, "expected other images for another seed, found the same"
 
 
-def test_masks_are_resized_by_nearest_neighbour_and_shifted(sample):
+@pytest.mark.parametrize("resize", ["nearest", "bilinear"])
+def test_masks_are_resized_by_nearest_neighbour_and_shifted(sample, resize):
+    """Or bilinearly, if the mistake is asked for; at a side of their own, if that is."""
+    random = draw(f"masks {resize}")
     names = read_split(sample, "test")
-    pets = load_pets(sample, names, 32)
-    assert (pets.images.dtype, pets.masks.dtype) == (torch.uint8, torch.uint8), (
-        "expected uint8, found other dtypes"
-    )
-    for name, mask in zip(names, pets.masks, strict=True):
-        trimap = Image.open(sample / "annotations" / "trimaps" / f"{name}.png")
-        expected = np.array(trimap.resize((32, 32), Image.Resampling.NEAREST)) - 1
-        wrong = int((mask.numpy() != expected).sum())
-        assert wrong == 0, (
-            f"expected the trimap by nearest neighbour minus 1, found {wrong} other pixels in {name}"
-        )
+    for mask_side in (0, random.randint(40, 60)):
+        side = random.randint(20, 36)
+        pets = load_pets(sample, names, side, mask_side=mask_side, resize=resize)
+        size = 2 * [mask_side or side]
+        dtypes = (pets.images.dtype, pets.masks.dtype)
+        assert dtypes == (torch.uint8, torch.uint8), f"expected uint8, found {dtypes}"
+        assert list(pets.masks.shape[1:]) == size, f"expected masks of side {size[0]}, found others"
+        for name, mask in zip(names, pets.masks, strict=True):
+            trimap = Image.open(sample / "annotations" / "trimaps" / f"{name}.png")
+            expected = np.array(trimap.resize(size, Image.Resampling[resize.upper()])) - 1
+            wrong = int((mask.numpy() != expected).sum())
+            how = "nearest neighbour" if resize == "nearest" else "resize='bilinear'"
+            assert wrong == 0, (
+                f"expected the trimap by {how} minus 1, found {wrong} other pixels in {name}"
+            )
 
 
 def test_images_are_resized_smoothly_and_belong_to_their_names(sample):
-    names = read_split(sample, "test")
-    pets = load_pets(sample, names, 32, mask_side=48)
+    random = draw("images")
+    names, side = read_split(sample, "test"), random.randint(20, 36)
+    random.shuffle(names)
+    pets = load_pets(sample, names, side, mask_side=side + 5)
     assert list(pets.names) == names, "expected the names that were asked for, found others"
-    assert pets.masks.shape[1:] == (48, 48), (
-        f"expected masks of side 48, found {tuple(pets.masks.shape[1:])}"
-    )
     for name, image in zip(names, pets.images, strict=True):
         photo = Image.open(sample / "images" / f"{name}.jpg").convert("RGB")
-        expected = np.array(photo.resize((32, 32), Image.Resampling.BILINEAR), dtype=float)
+        expected = np.array(photo.resize((side, side), Image.Resampling.BILINEAR), dtype=float)
         error = np.abs(image.permute(1, 2, 0).numpy() - expected).mean()
-        assert error < 4, (
+        assert error < 2, (
             f"expected {name} resized bilinearly, found a mean difference of {error:.0f}"
         )
 
@@ -98,8 +116,8 @@ def test_images_are_resized_smoothly_and_belong_to_their_names(sample):
 
 @pytest.fixture
 def moved() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return 64 images, bright exactly where their mask is 0, with their masks, before and after augmentation."""
-    torch.manual_seed(0)
+    """Return 64 images, bright where their mask is 0, and masks, before and after augmentation."""
+    torch.manual_seed(draw("moved").randrange(2**31))
     masks = torch.ones(64, 32, 32, dtype=torch.uint8)
     masks[:, 4:20, 2:10] = 0
     masks[:, 4:12, 10:28] = 2
@@ -142,4 +160,14 @@ def test_augmented_labels_are_classes_or_ignored(moved):
     )
     assert images.shape == (64, 3, 32, 32), (
         f"expected the shapes to stay, found {tuple(images.shape)}"
+    )
+
+
+def test_half_the_strength_of_augmentation_moves_half_as_much():
+    images, masks = torch.full((256, 3, 32, 32), 127).byte(), torch.zeros(256, 32, 32).byte()
+    torch.manual_seed(draw("strength").randrange(2**31))
+    outside = [(augment(images, masks, s)[1] == IGNORE).float().mean().item() for s in (0.5, 1)]
+    share = outside[0] / outside[1]
+    assert 0.35 < share < 0.7, (
+        f"expected about half as much from outside at half the strength, found {share:.0%}"
     )

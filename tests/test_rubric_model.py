@@ -6,6 +6,8 @@ which they run, shows all that is between them: pooling, upsampling and skips.
 
 import pytest
 import torch
+from doctor import told_by_the_doctor
+from drawn import draw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +15,7 @@ from petseg_utils import InputError, UNet, conv_plus_conv
 
 
 def run_order(model: nn.Module, kind: type, images: Tensor) -> list[tuple[nn.Module, Tensor]]:
-    """Run the model and return its modules of a kind, in the order they ran in, with copies of what they were given."""
+    """Run the model; return its modules of a kind, as they ran, with copies of what they got."""
     calls = []
     hooks = [
         module.register_forward_pre_hook(
@@ -23,7 +25,7 @@ def run_order(model: nn.Module, kind: type, images: Tensor) -> list[tuple[nn.Mod
         if isinstance(module, kind)
     ]
     with torch.no_grad():
-        model(images)
+        model(images.clone())
     for hook in hooks:
         hook.remove()
     return calls
@@ -31,7 +33,7 @@ def run_order(model: nn.Module, kind: type, images: Tensor) -> list[tuple[nn.Mod
 
 @pytest.fixture(params=[1, 3], ids="depth {}".format)
 def levels(request) -> list[tuple[Tensor, Tensor]]:
-    """Return, for every level from the top, what the level below is given and what the way up is given."""
+    """Return, for every level from the top, what the level below gets and what the way up gets."""
     torch.manual_seed(0)
     depth = request.param
     given = [x for _, x in run_order(UNet(3, depth), nn.Conv2d, torch.randn(2, 3, 16, 16))]
@@ -48,34 +50,92 @@ def levels(request) -> list[tuple[Tensor, Tensor]]:
 
 def test_block_changes_only_the_channels():
     for shape in ((1, 4, 8, 8), (2, 4, 5, 7), (3, 4, 1, 1)):
-        found, expected = (
-            conv_plus_conv(4, 6).eval()(torch.zeros(shape)).shape,
-            (shape[0], 6, *shape[2:]),
-        )
+        expected = (shape[0], 6, *shape[2:])
+        found = conv_plus_conv(4, 6).eval()(torch.zeros(shape)).shape
         assert found == expected, (
             f"expected the shape {expected} for an input {shape}, found {tuple(found)}"
         )
 
 
-def test_block_computes_convolution_norm_and_activation_twice():
-    torch.manual_seed(0)
-    block = conv_plus_conv(4, 6)
-    images = torch.randn(2, 4, 8, 8)
-    expected, convolutions = (
-        images,
-        [conv for conv, _ in run_order(block, nn.Conv2d, images.clone())],
+MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+
+class ByHand:
+    """A net computed by functions from its convolutions and BatchNorms, in order of use."""
+
+    def __init__(self, model: nn.Module, images: Tensor, training: bool) -> None:
+        torch.manual_seed(draw("norms").randrange(2**31))
+        self.model, self.images = model.train(training), images
+        layers = [layer for layer, _ in run_order(model, (nn.Conv2d, nn.BatchNorm2d), images)]
+        self.norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        for norm in self.norms:  # unlike new ones
+            assert norm.running_mean is not None, (
+                "expected BatchNorm to keep statistics, found none"
+            )
+            for values in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+                values.copy_(0.5 + torch.rand_like(values))
+        self.layers, self.statistics = layers, []
+
+    def block(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.convolution(x, padding=1)
+            if self.layers and isinstance(self.layers[0], nn.BatchNorm2d):
+                norm = self.layers.pop(0)
+                kept = [norm.running_mean.clone(), norm.running_var.clone()]
+                x = F.batch_norm(x, *kept, norm.weight, norm.bias, self.model.training)
+                self.statistics += kept
+            x = F.leaky_relu(x, 0.2)
+        return x
+
+    def convolution(self, x: Tensor, padding: int = 0) -> Tensor:
+        assert self.layers, "expected two convolutions in every block, found too few"
+        layer = self.layers.pop(0)
+        assert isinstance(layer, nn.Conv2d), f"expected a convolution, found {layer}"
+        return F.conv2d(x, layer.weight, layer.bias, padding=padding)
+
+    def net(self, x: Tensor, depth: int, skips: bool) -> Tensor:
+        kept = []
+        for _ in range(depth):
+            kept.append(self.block(x))
+            x = F.max_pool2d(kept[-1], 2)
+        x = self.block(x)
+        for skip in reversed(kept):
+            upsampled = F.interpolate(x, scale_factor=2)
+            x = self.block(torch.cat((upsampled, skip if skips else 0 * skip), 1))
+        return self.convolution(x)
+
+    def agrees(self, expected: Tensor) -> bool:
+        """Return whether the model puts out what is expected, and leaves such statistics."""
+        with torch.no_grad():
+            found = self.model(self.images.clone())
+        left = [kept for norm in self.norms for kept in (norm.running_mean, norm.running_var)]
+        pairs = [(found, expected), *zip(left, self.statistics, strict=True)]
+        return not self.layers and all(torch.allclose(*p, rtol=1e-3, atol=1e-3) for p in pairs)
+
+
+@MODES
+def test_block_computes_convolution_norm_and_activation_twice(training):
+    random = draw("block")
+    images = torch.randn(3, random.randint(2, 5), 6, random.randint(7, 11))
+    block = conv_plus_conv(images.shape[1], random.randint(6, 9))
+    by_hand = ByHand(block, images, training)
+    assert by_hand.agrees(by_hand.block(images)), (
+        "expected (convolution, BatchNorm, LeakyReLU of slope 0.2) twice, found other values"
     )
-    assert len(convolutions) == 2, f"expected 2 convolutions, found {len(convolutions)}"
-    for conv in convolutions:
-        expected = F.conv2d(expected, conv.weight, conv.bias, padding=1)
-        mean, variance = (
-            expected.mean((0, 2, 3), keepdim=True),
-            expected.var((0, 2, 3), keepdim=True, correction=0),
-        )
-        expected = F.leaky_relu((expected - mean) / (variance + 1e-5).sqrt(), 0.2)
-    found = block.train()(images.clone())
-    assert torch.allclose(found, expected, atol=1e-4), (
-        "expected (convolution, BatchNorm, LeakyReLU of slope 0.2) twice"
+
+
+@MODES
+@pytest.mark.parametrize(("norms", "skips"), [(2, True), (1, True), (2, False)])
+def test_net_computes_what_its_layers_say(norms, skips, training):
+    random = draw(f"net {norms} {skips}")
+    depth, base_channels = random.randint(1, 3), random.randint(2, 5)
+    height, width = random.sample([side * 2**depth for side in (2, 3, 4)], 2)
+    images = torch.randn(2, 3, height, width)
+    model = UNet(base_channels, depth, norms=norms, skips=skips)
+    by_hand = ByHand(model, images, training)
+    assert by_hand.agrees(by_hand.net(images, depth, skips)), (
+        f"expected the logits of its layers at depth {depth}, norms={norms}, skips={skips}, "
+        "computed one after the other, found others"
     )
 
 
@@ -85,6 +145,7 @@ def test_block_computes_convolution_norm_and_activation_twice():
 @pytest.mark.parametrize(
     ("base_channels", "depth", "side"), [(1, 1, 2), (2, 2, 20), (5, 3, 24), (2, 5, 32)]
 )
+@told_by_the_doctor(UNet)
 def test_logits_have_the_side_of_the_images(base_channels, depth, side):
     found = UNet(base_channels, depth).eval()(torch.zeros(2, 3, side, side)).shape
     assert found == (2, 3, side, side), (
@@ -92,6 +153,7 @@ def test_logits_have_the_side_of_the_images(base_channels, depth, side):
     )
 
 
+@told_by_the_doctor(UNet)
 def test_number_of_classes_is_free():
     found = UNet(2, 1, 21).eval()(torch.zeros(2, 3, 4, 4)).shape
     assert found == (2, 21, 4, 4), (
@@ -99,6 +161,7 @@ def test_number_of_classes_is_free():
     )
 
 
+@told_by_the_doctor(UNet)
 def test_default_net_has_the_parameters_of_the_course():
     with torch.device("meta"):
         found = sum(parameter.numel() for parameter in UNet().parameters())
@@ -106,6 +169,7 @@ def test_default_net_has_the_parameters_of_the_course():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
+@told_by_the_doctor(UNet)
 def test_channels_double_on_the_way_down_and_halve_on_the_way_up(depth):
     widths = [4 * 2**level for level in range(depth)]
     expected = [*zip([3, *widths], widths, strict=False), (widths[-1], widths[-1])]
@@ -142,7 +206,7 @@ def test_options_leave_out_norms_and_skips():
 
 
 def halves(joined: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both halves of the channels, the one that looks upsampled (alike in every 2 x 2 pixels) first."""
+    """Return both halves of the channels, first the one that is alike in every 2 x 2 pixels."""
     return tuple(
         sorted(
             joined.chunk(2, dim=1),

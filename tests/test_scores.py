@@ -1,18 +1,17 @@
-"""The scores section: the confusion matrix and all that is derived from it, against scikit-learn."""
+"""The scores section: the confusion matrix and what is derived from it, against scikit-learn."""
 
 import json
 
 import pytest
 import torch
 from sklearn import metrics
+from torch import Tensor
 
 from petseg_utils import CLASSES, IGNORE, confusion_matrix, scores
 
 
-def random_labels(
-    seed: int, classes: list[int], ignored: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return predicted and true labels (4, 9, 11) uint8 of the given classes, half of them alike."""
+def random_labels(seed: int, classes: list[int], ignored: bool) -> tuple[Tensor, Tensor]:
+    """Return predicted and true labels (4, 9, 11) uint8 of these classes, half of them alike."""
     random = torch.Generator().manual_seed(seed)
     choice = torch.tensor(classes, dtype=torch.uint8)
     truth, other = choice[torch.randint(len(classes), (2, 4, 9, 11), generator=random)]
@@ -22,40 +21,36 @@ def random_labels(
     return predicted, truth
 
 
-@pytest.fixture(
-    params=[
-        (seed, classes, ignored)
-        for seed, classes in enumerate(([0, 1, 2], [0, 2], [1]))
-        for ignored in (0, 1)
-    ],
-    ids=lambda param: f"classes {param[1]}{' and ignored pixels' if param[2] else ''}",
-)
-def labels(request) -> tuple[torch.Tensor, torch.Tensor]:
-    return random_labels(*request.param)
+@pytest.fixture(params=[False, True], ids=["all count", "some are ignored"])
+def ignored(request) -> bool:
+    return request.param
 
 
-def known(labels: tuple[torch.Tensor, torch.Tensor]) -> tuple[list[int], list[int]]:
+@pytest.fixture(params=[[0, 1, 2], [0, 2], [1]], ids="classes {}".format)
+def labels(request, ignored) -> tuple[Tensor, Tensor]:
+    return random_labels(0, request.param, ignored)
+
+
+def known(labels: tuple[Tensor, Tensor]) -> tuple[list[int], list[int]]:
     """Return the (true, predicted) labels of the pixels that count, in scikit-learn's order."""
     predicted, truth = labels
     return truth[truth != IGNORE].tolist(), predicted[truth != IGNORE].tolist()
 
 
+def expect_counts(expected: list[list[int]], matrix: Tensor) -> None:
+    found = matrix.tolist()
+    assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
+
+
 def test_confusion_matrix_is_scikit_learns(labels):
     matrix = confusion_matrix(*labels)
     assert (matrix.dtype, matrix.shape) == (torch.int64, (3, 3))
-    expected, found = (
-        metrics.confusion_matrix(*known(labels), labels=range(3)).tolist(),
-        matrix.tolist(),
-    )
-    assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
+    expect_counts(metrics.confusion_matrix(*known(labels), labels=range(3)).tolist(), matrix)
 
 
 def test_rows_are_the_truth():
-    matrix = confusion_matrix(
-        torch.tensor([0, 0, 1], dtype=torch.uint8), torch.tensor([2, 2, 1], dtype=torch.uint8)
-    )
-    expected, found = [[0, 0, 0], [0, 1, 0], [2, 0, 0]], matrix.tolist()
-    assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
+    predicted, truth = torch.tensor([[0, 0, 1], [2, 2, 1]], dtype=torch.uint8)
+    expect_counts([[0, 0, 0], [0, 1, 0], [2, 0, 0]], confusion_matrix(predicted, truth))
 
 
 def expect(what: str, expected: float | list[float], found: float | list[float]) -> None:
@@ -73,9 +68,8 @@ def test_scores_are_scikit_learns(labels):
         assert list(ours[name]) == list(CLASSES)
         expect(f"the {name}", theirs.tolist(), [ours[name][CLASSES[label]] for label in there])
         absent = {ours[name][CLASSES[label]] for label in {0, 1, 2}.difference(there)}
-        assert absent <= {None}, (
-            f"expected no {name} (None) for a class that is not there, found {absent}"
-        )
+        message = f"expected no {name} (None) for a class that is not there, found {absent}"
+        assert absent <= {None}, message
     expect("the mean IoU", iou.mean(), ours["mean_iou"])
 
 
@@ -102,10 +96,9 @@ def test_all_wrong_prediction_scores_zero():
 
 def test_matrices_of_batches_add_up_to_that_of_the_whole(labels):
     predicted, truth = labels
-    parts = [
-        confusion_matrix(p, t) for p, t in zip(predicted.split(3), truth.split(3), strict=True)
-    ]
-    assert torch.equal(sum(parts), confusion_matrix(predicted, truth))
+    whole = confusion_matrix(predicted, truth)
+    parts = zip(predicted.split(3), truth.split(3), strict=True)
+    assert torch.equal(sum(confusion_matrix(*part) for part in parts), whole)
 
 
 def test_scores_go_through_json_without_nan(labels):
