@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from grading.notebook import PARAMETERS, RUN, cleaned
+from grading.notebook import PARAMETERS, RUN, cleaned, read
 
 SMALL = PARAMETERS | {"BASE_CHANNELS": 4, "EPOCHS": 3, "AUGMENT": 0.0}
 SECONDS = 60
@@ -52,7 +52,7 @@ def run(source: Path, folder: Path, other_test: bool) -> None:
     if other_test:
         with (folder / "support" / "sample_pets.py").open("a", encoding="utf-8") as file:
             file.write(OTHER_TEST)
-    notebook = cleaned(nbformat.read(folder / "notebooks" / "pet_segmentation.ipynb", as_version=4))
+    notebook = cleaned(read(folder / "notebooks" / "pet_segmentation.ipynb"))
     at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
     given = "\n".join(f"{name} = {value!r}" for name, value in SMALL.items())
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(given))

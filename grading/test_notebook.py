@@ -113,11 +113,22 @@ def test_notebook_runs_to_its_end():
         where = f"code cell {number}, {cell.source.partition(chr(10))[0]!r}"
         errors = [output for output in cell.outputs if output.output_type == "error"]
         if errors:
-            first = f"{errors[0].ename}: {errors[0].evalue}".partition("\n")[0]
-            pytest.fail(f"expected no error, found {first} in {where}")
+            pytest.fail(f"expected no error, found {told(errors[0])} in {where}")
         ended = cell.metadata.papermill.status == "completed"
         assert ended, f"expected every cell to end in time, found that {where} did not"
     assert len(executed()) == len(stored().cells), "expected all of the cells, found fewer"
+
+
+def told(error: nbformat.NotebookNode) -> str:
+    """Return an error in one line; a bare assert says nothing, so its own line is told."""
+    line = re.search(r"^-+> *\d+ +(.+)", plain("\n".join(error.traceback)), re.MULTILINE)
+    why = error.evalue or (line[1] if line else "no reason")
+    return f"{error.ename}: {why}".partition("\n")[0]
+
+
+def plain(text: str) -> str:
+    """Return a text without the marks of a terminal's colours."""
+    return re.sub(r"(\x1b|#x1B)\[[\d;]*m", "", text)
 
 
 def test_weights_beat_the_majority_class_by_15_points(rescored):
@@ -273,9 +284,8 @@ def strict_nbval(notebook: nbformat.NotebookNode) -> tuple[int, list[str]]:
     report = STORED / "nbval.xml"
     assert report.is_file(), "expected a verdict of nbval, found none"
     cases = list(ElementTree.parse(report).iter("testcase"))
-    marks = re.compile(r"\x1b\[[\d;]*m|#x1B\[[\d;]*m")
     failures = [
-        f"{case.get('name')}: {' '.join(marks.sub('', failure.text or '').split())[:200]}"
+        f"{case.get('name')}: {' '.join(plain(failure.text or '').split())[:200]}"
         for case in cases
         for failure in [*case.iter("failure"), *case.iter("error")]
     ]

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from numbers import Number
 
 import numpy as np
-import petseg_utils as pets
 import torch
 from PIL import Image
 from torch.nn import functional as F
+
+import petseg_utils as pets
 
 COURSE = {
     step.name: step for step in pets.analyse_shapes(pets.UNet(base_channels=32, depth=5), side=256)

@@ -142,13 +142,15 @@ def test_grader_sets_where_and_on_what_and_goes_on_after_a_cell_that_fails(stage
     content = small_notebook()
     of_conda(content)
     content["cells"][0]["metadata"] = {}  # the tag is lost
-    content["cells"].insert(2, nbformat.v4.new_code_cell("assert False, 'why'"))
+    content["cells"].insert(2, nbformat.v4.new_code_cell("x = 6\nassert x == 7"))
     write(staged, content, encoding="utf-8-sig")
     grader.execute(staged, [].append)
     assert [grader.printed(cell) for cell in criteria.executed()] == [
         "", "", "sample cpu data 10\n", "42\n"
     ]  # fmt: skip
-    with pytest.raises(pytest.fail.Exception, match="AssertionError: why in code cell 2, "):
+    with pytest.raises(
+        pytest.fail.Exception, match="AssertionError: assert x == 7 in code cell 2, "
+    ):
         criteria.test_notebook_runs_to_its_end()
 
 

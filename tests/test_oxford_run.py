@@ -1,5 +1,4 @@
-"""The run on the real dataset that is kept: it is whole, its numbers are those of its files, and
-the README quotes it.
+"""The kept run on the real dataset: it is whole, its numbers agree, and the README quotes it.
 
 It is a record of the code that made it, so nothing here compares its cells with those of today.
 """
@@ -17,13 +16,10 @@ from experiments.tables import cut
 FOLDER = pets.ROOT / "notebooks" / "oxford_run"
 RUN = pets.read_run(FOLDER)
 RECIPE = pets.Recipe(**RUN["parameters"])
-CODE = [
-    cell
-    for cell in nbformat.read(FOLDER / "notebook.ipynb", as_version=4).cells
-    if cell.cell_type == "code"
-]
+CELLS = nbformat.read(FOLDER / "notebook.ipynb", as_version=4).cells
+CODE = [cell for cell in CELLS if cell.cell_type == "code"]
 OUTPUTS = [output for cell in CODE for output in cell.outputs]
-README = " ".join((pets.ROOT / "README.md").read_text().split())
+README = " ".join((pets.ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 def shown(pattern: str) -> tuple[str, ...]:
@@ -77,17 +73,18 @@ def test_kept_notebook_shows_the_sizes_of_the_metrics():
 
 
 def gain() -> float:
-    """Return what flipping gains on the held-out images, in percentage points: the history is of straight images."""
+    """Return what flipping gains on the held-out images, in percentage points.
+
+    The history is of straight images.
+    """
     return 100 * (RUN["valid"]["pixel_accuracy"] - RUN["history"][-1]["valid_pixel_accuracy"])
 
 
 def test_kept_run_was_scored_with_flipping():
     assert RECIPE.FLIP
-    # Rounded to 0.01, and predicted anew: in bfloat16 a few labels may differ from those of the
-    # history.
-    assert float(shown(r"Flipping changes .+ by (\S+) percent")[0]) == pytest.approx(
-        gain(), abs=0.006
-    )
+    # It is rounded to 0.01 and predicted anew: in bfloat16 a few labels differ from the history's.
+    (told,) = shown(r"Flipping changes .+ by (\S+) percent")
+    assert float(told) == pytest.approx(gain(), abs=0.006)
 
 
 # ------------------------------------------------------------------- metrics, history, weights
@@ -95,12 +92,8 @@ def test_kept_run_was_scored_with_flipping():
 
 def test_kept_run_is_of_the_reference_net_on_all_images():
     assert (RECIPE.DATASET, RECIPE.LIMIT) == ("oxford", 0)
-    assert (RECIPE.BASE_CHANNELS, RECIPE.DEPTH, RECIPE.EPOCHS, RECIPE.SCORE_SIZE) == (
-        32,
-        5,
-        13,
-        256,
-    )
+    assert (RECIPE.BASE_CHANNELS, RECIPE.DEPTH) == (32, 5)
+    assert (RECIPE.EPOCHS, RECIPE.SCORE_SIZE) == (13, 256)
     assert RUN["test"]["images"] == 3669
     assert sum(map(sum, RUN["test"]["confusion_matrix"])) == 3669 * 256**2
     assert RUN["test"]["pixel_accuracy"] > 0.881  # the reference
@@ -129,15 +122,10 @@ def kept_model() -> pets.UNet:
 def test_kept_weights_are_small_and_fit_the_reference_net():
     path = FOLDER / "weights.pt"
     assert path.stat().st_size <= 27_000_000
-    assert {tensor.dtype for tensor in torch.load(path, weights_only=True).values()} == {
-        torch.float16,
-        torch.int64,
-    }
-    assert (
-        sum(p.numel() for p in kept_model().parameters())
-        == RUN["model"]["parameters"]
-        == 13_385_475
-    )
+    types = {tensor.dtype for tensor in torch.load(path, weights_only=True).values()}
+    assert types == {torch.float16, torch.int64}
+    count = sum(p.numel() for p in kept_model().parameters())
+    assert count == RUN["model"]["parameters"] == 13_385_475
 
 
 def test_kept_weights_know_pets(oxford):
@@ -162,9 +150,7 @@ def test_cut_never_rounds_up(value, digits, words):
 
 def test_readme_quotes_the_kept_run():
     test, matrix = RUN["test"], torch.tensor(RUN["test"]["confusion_matrix"])
-    majority = (
-        matrix.sum(1).max() / matrix.sum()
-    ).item()  # what guessing the most frequent class gets right
+    majority = (matrix.sum(1).max() / matrix.sum()).item()  # right by guessing one class
     row = [f"{cut(100 * test['pixel_accuracy'], 2)} %", cut(test["mean_iou"], 3)]
     row += [cut(test["iou"][name], 3) for name in pets.CLASSES]
     row += [f"{cut(100 * majority, 1)} %"]
@@ -172,24 +158,19 @@ def test_readme_quotes_the_kept_run():
 
 
 def test_readme_quotes_the_score_of_two_classes():
-    """Each pixel's label with the border as pet: the counts of the other class and of the mistakes are left."""
-    (pet, pet_as_background, pet_as_border), (as_pet, background, as_border), border = RUN["test"][
-        "confusion_matrix"
-    ]
-    right = pet + pet_as_border + border[0] + border[2]
-    wrong = pet_as_background + border[1] + as_pet + as_border
-    accuracy = 100 * (right + background) / (right + wrong + background)
-    assert (
-        f"IoU of this run is {cut(right / (right + wrong), 3)}, and {cut(accuracy, 2)} % of the pixels"
-        in README
-    )
+    """The border counts as pet, in the truth and in the prediction."""
+    pet, background, border = RUN["test"]["confusion_matrix"]
+    right = pet[0] + pet[2] + border[0] + border[2]
+    wrong = pet[1] + border[1] + background[0] + background[2]
+    accuracy = 100 * (right + background[1]) / (right + wrong + background[1])
+    scores = f"{cut(right / (right + wrong), 3)}, and {cut(accuracy, 2)} % of the pixels"
+    assert f"IoU of this run is {scores}" in README
 
 
 def test_readme_tells_how_the_kept_run_went():
     seconds = [row["seconds"] for row in RUN["history"]]
-    reached = next(
-        i for i, row in enumerate(RUN["history"], 1) if row["valid_pixel_accuracy"] >= 0.881
-    )
+    accuracies = [row["valid_pixel_accuracy"] for row in RUN["history"]]
+    reached = next(i for i, accuracy in enumerate(accuracies, 1) if accuracy >= 0.881)
     for words in (
         f"{RUN['dataset']['train']:,} images were trained on",
         f"{RUN['dataset']['valid']} of the trainval split",
@@ -201,16 +182,11 @@ def test_readme_tells_how_the_kept_run_went():
 
 
 def test_readme_quotes_the_same_recipe_with_another_seed():
-    other = json.loads((pets.ROOT / "experiments" / "second_seed.json").read_text())
-    differs = {
-        name for name, value in other["parameters"].items() if value != RUN["parameters"][name]
-    }
+    other = json.loads((pets.ROOT / "experiments" / "second_seed.json").read_text(encoding="utf-8"))
+    test, own = other["test"], RUN["parameters"]
+    differs = {name for name, value in other["parameters"].items() if value != own[name]}
     assert differs == {"SEED", "RUN_NAME"}
-    assert (
-        pets.scores(torch.tensor(other["test"]["confusion_matrix"])).items()
-        <= other["test"].items()
-    )
-    test = other["test"]
+    assert pets.scores(torch.tensor(test["confusion_matrix"])).items() <= test.items()
     got = f"{cut(100 * test['pixel_accuracy'], 2)} %, a mean IoU of {cut(test['mean_iou'], 3)}"
     minutes = f"{other['training']['seconds'] / 60:.0f} minutes"
     assert f"got {got} and {cut(test['iou']['border'], 3)} for the border, in {minutes}" in README
