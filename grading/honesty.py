@@ -10,28 +10,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from PIL import Image
 
 from grading.notebook import PARAMETERS, RUN, cleaned, read
+from petseg_utils import TRIMAP_FILE, read_split
 
 SMALL = PARAMETERS | {"BASE_CHANNELS": 4, "EPOCHS": 4, "AUGMENT": 0.0}
 SECONDS = 60  # for a cell
-# A pet becomes background, background a border and so on: who learned from these labels has learned
-# something else, and what did best by the true ones does worst.
-OTHER_LABELS = """
+PICTURES = Path("data/sample/oxford-iiit-pet")
+AS_GIVEN = f"""
 
-_drawn_truly = draw_sample_pets
-
-
-def draw_sample_pets(*arguments, **named):
-    folder = _drawn_truly(*arguments, **named)
-    if not (folder / "turned").exists():
-        for line in (folder / "annotations" / "test.txt").read_text(encoding="utf-8").splitlines():
-            path = folder / "annotations" / "trimaps" / f"{line.split()[0]}.png"
-            Image.fromarray((np.array(Image.open(path)) % 3 + 1).astype(np.uint8)).save(path)
-        (folder / "turned").touch()
-    return folder
+def draw_sample_pets(*_, **__):
+    return Path(__file__).resolve().parent.parent / "{PICTURES}"
 """
 NOTE_WHAT_IS_SHOWN = """
 import hashlib, sys
@@ -55,12 +48,26 @@ class WeightsSaved(Exception):
     """The notebook has got as far as needed."""
 
 
-def run(source: Path, folder: Path, other_labels: bool) -> Path:
+def turn_labels(dataset: Path) -> None:
+    """Make each pet of the test images background, background a border and so on.
+
+    Who learned from these labels has learned something else, and what did best by the true ones
+    does worst.
+    """
+    for name in read_split(dataset, "test"):
+        path = dataset / TRIMAP_FILE.format(name)
+        trimap = np.array(Image.open(path))
+        Image.fromarray((trimap % 3 + 1).astype(np.uint8)).save(path)
+
+
+def run(source: Path, pictures: Path, folder: Path, turned: bool) -> Path:
     """Run a copy of the staged hand-in in a new folder; return where its weights should be."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("runs", "data"))
-    if other_labels:
-        with (folder / "support" / "sample_pets.py").open("a", encoding="utf-8") as file:
-            file.write(OTHER_LABELS)
+    shutil.copytree(pictures, folder / PICTURES)
+    with (folder / "support" / "sample_pets.py").open("a", encoding="utf-8") as file:
+        file.write(AS_GIVEN)
+    if turned:
+        turn_labels(folder / PICTURES)
     notebook = cleaned(read(folder / "notebooks" / "pet_segmentation.ipynb"))
     tagged = ["parameters" in cell.metadata.tags for cell in notebook.cells]
     given = "\n".join(f"{name} = {value!r}" for name, value in SMALL.items())

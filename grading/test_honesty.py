@@ -1,6 +1,7 @@
 """Criteria of the rubric: what a hand-in's notebook trains depends on its training images alone.
 
-Here `petseg_utils` is the grader's own, and GRADED_STORED a folder in which the hand-in lies.
+Here `petseg_utils` is the grader's own, GRADED_STORED a folder in which the hand-in lies, and
+GRADED_RUN one in which its notebook was executed, whose pictures are used again.
 """
 
 import os
@@ -14,13 +15,15 @@ import petseg_utils as pets
 from grading import honesty
 
 STORED = Path(os.environ.get("GRADED_STORED", "."))
+DRAWN = Path(os.environ.get("GRADED_RUN", ".")) / honesty.PICTURES
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> list[Path]:
-    """Return the weights by true and by other labels of the test images."""
+    """Return the weights by true and by turned labels of the test images."""
     folder = tmp_path_factory.mktemp("honest")
-    paths = [honesty.run(STORED, folder / str(other), other) for other in (False, True)]
+    pictures = DRAWN if DRAWN.exists() else pets.draw_sample_pets(folder)
+    paths = [honesty.run(STORED, pictures, folder / str(t), t) for t in (False, True)]
     assert all(path.exists() for path in paths), "expected the file weights.pt, found none"
     return paths
 
@@ -33,7 +36,7 @@ def test_test_images_decide_nothing(weights):
 
 def test_only_training_images_are_learned(weights):
     folder = weights[0].parents[2]
-    dataset = folder / "data" / "sample" / "oxford-iiit-pet"
+    dataset = folder / honesty.PICTURES
     held = pets.hold_out(pets.read_split(dataset, "trainval"))[1]
     lines = (folder / "shown.txt").read_text(encoding="utf-8").splitlines()
     side = honesty.SMALL["IMAGE_SIZE"]
