@@ -1,7 +1,6 @@
-"""Pet segmentation with a U-Net: the model and every helper that the notebooks import, in the order
-data flows.
+"""Pet segmentation with a U-Net: the model, and every helper that the notebooks import.
 
-Sections: recipe, data, model, shapes, scores, run folder, training. Each uses only what stands
+Sections, as data flows: recipe, data, model, shapes, scores, training. Each uses only what stands
 above it. Letters: B images, N the side of the square images in pixels, b base channels, K = 3
 classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each an index into
 `CLASSES`, or `IGNORE`.
@@ -13,9 +12,8 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from difflib import SequenceMatcher
 from functools import lru_cache
-from itertools import chain, repeat, takewhile
+from itertools import chain, repeat
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -47,7 +45,24 @@ from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid
 from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
 from support.safe_files import read_names, write_atomically
 from support.sample_pets import draw_sample_pets
-from support.trace import Operation, Planned, first_fault, fits, trace_shapes
+from support.trace import Operation, Planned, first_fault, line_up, trace_shapes
+
+# What notebooks and experiments use: the module's own, and what rooms below it offer.
+# fmt: off
+__all__ = [
+    "CLASSES", "COLORS", "GREEN", "IGNORE", "IMAGE_FILE", "RED", "ROOT", "TRIMAP_FILE",
+    "InputError", "Muon", "Parameters", "Pets", "Recipe", "Step", "Training", "UNet",
+    "analyse_shapes", "augment", "breed_of", "check_run", "check_side", "colorize",
+    "confusion_matrix", "conv_plus_conv", "costs", "count_steps", "diagnose",
+    "draw_sample_pets", "epochs", "evaluate", "files_of", "find_dataset", "hold_out",
+    "html_table", "identify", "keep_freed_memory", "load_net", "load_pets", "load_weights",
+    "open_image", "open_run", "operations_of", "pick_device", "pick_precision", "plan",
+    "plan_for", "plot_grid", "plot_unet", "predict", "prepare", "read_run", "read_split",
+    "receptive_field", "recolour", "run_model", "save_run", "save_weights", "scores",
+    "segmentation_loss", "to_input", "trace_shapes", "train", "train_epoch", "validate",
+    "write_atomically",
+]
+# fmt: on
 
 CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
@@ -448,8 +463,8 @@ CHANNELS = {  # why a step gives as many as it does
 }
 
 
-def sizes_of(model: nn.Module, seen: list[Operation], stopped: str) -> dict[str, int]:
-    """Return base channels, depth and classes: the net's attributes, or else as it looks."""
+def plan_for(model: nn.Module, seen: list[Operation], stopped: str, given: dict) -> list[tuple]:
+    """Return the plan by the sizes that are given, or else the net's attributes, or as it looks."""
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     depth = sum(operation.kind == "pooling" for operation in seen)
     if stopped:  # perhaps on the way down: a level has four convolutions
@@ -457,7 +472,7 @@ def sizes_of(model: nn.Module, seen: list[Operation], stopped: str) -> dict[str,
     first = convolutions[0].out_channels if convolutions else 1
     looks = {"base_channels": first, "depth": max(depth, 1), "num_classes": len(CLASSES)}
     own = {name: getattr(model, name) for name in looks if hasattr(model, name)}
-    return looks | own
+    return list(plan(*(looks | own | given).values()))
 
 
 def operations_of(steps: list[tuple], side: int) -> list[Planned]:
@@ -467,32 +482,27 @@ def operations_of(steps: list[tuple], side: int) -> list[Planned]:
         step = name.rstrip("0123456789")
         for number, operation in enumerate(operations, 1):
             kind, kernel, missing = OPERATIONS[operation]
-            planned.append(
-                Planned(
-                    f"convolution {number} of {name}" if operation == "conv3" else name,
-                    kind,
-                    (out, side / 2**level),
-                    kernel,
-                    missing.format(step=name, level=name.removeprefix(step)),
-                    CHANNELS.get(step, ""),
-                )
-            )
+            title = f"convolution {number} of {name}" if operation == "conv3" else name
+            missing = missing.format(step=name, level=name.removeprefix(step))
+            gives = (out, side / 2**level)
+            planned.append(Planned(title, kind, gives, kernel, missing, CHANNELS.get(step, "")))
     return planned
 
 
-def line_up(
-    model: nn.Module, side: int, given: dict[str, int]
-) -> tuple[list[tuple], list[Planned], list[Operation], str]:
-    """Return the plan's steps, their operations, those that are seen, and why they stop.
-
-    Nothing is planned for a net whose operations are too unlike this U-Net's.
-    """
-    seen, stopped = trace_shapes(model, side)
-    steps = list(plan(*(sizes_of(model, seen, stopped) | given).values()))
-    planned = operations_of(steps, side)
-    expected = planned[: len(seen)] if stopped else planned
-    alike = SequenceMatcher(None, [p.kind for p in expected], [s.kind for s in seen]).ratio() > 0.7
-    return steps if alike else [], planned, seen, stopped
+def costs(
+    operations: tuple[str, ...], channels: int, shape: tuple[int, float], norms: int
+) -> tuple[int, int]:
+    """Return parameters and FLOPs of a step that takes `channels` and gives `shape`."""
+    out, side = shape
+    parameters = flops = 0
+    for operation in operations:
+        if kernel := OPERATIONS[operation][1]:
+            weights = kernel**2 * channels * out
+            parameters += weights + out  # and a bias for every output channel
+            flops += int(2 * weights * side**2)
+        channels = out
+    # A BatchNorm has a scale and a shift for each channel.
+    return parameters + norms * 2 * out * ("conv3" in operations), flops
 
 
 def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
@@ -501,28 +511,21 @@ def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
     `given` may say base_channels, depth and num_classes. A net that is no U-Net of this plan has
     its traced operations as steps, without a prediction.
     """
-    rows, planned, seen, _ = line_up(model, side, given)
-    if not rows:
+    seen, stopped = trace_shapes(model, side)
+    rows = plan_for(model, seen, stopped, given)
+    outputs = line_up(operations_of(rows, side), seen, stopped)
+    if outputs is None:
         return [
             Step(f"{one.kind} {i}", 0, "", None, one.gives, one.parameters, one.flops, None)
             for i, one in enumerate(seen, 1)
         ]
-    pairs = takewhile(lambda pair: fits(*pair), zip(planned, seen, strict=False))
-    outputs = [operation.gives for _, operation in pairs]
+    blocks = sum("conv3" in operations for *_, operations in rows)
+    norms = round(sum(isinstance(part, nn.BatchNorm2d) for part in model.modules()) / blocks)
     steps: list[Step] = []
-    channels = 3  # that go into the next convolution
+    channels = 3  # that go into the next step
     path: list[str] = []  # all operations from the image to here
     for name, level, out, operations in rows:
         shape = (out, side / 2**level)
-        # A BatchNorm has a scale and a shift for each channel.
-        parameters = getattr(model, "norms", 2) * 2 * out if "conv3" in operations else 0
-        flops = 0
-        for operation in operations:
-            if kernel := OPERATIONS[operation][1]:
-                weights = kernel**2 * channels * out
-                parameters += weights + out  # and a bias for every output channel
-                flops += int(2 * weights * shape[1] ** 2)
-            channels = out
         own = outputs[len(path) : len(path) + len(operations)]
         parted = (gives for gives in own if gives != shape)
         traced = next(parted, own[-1] if len(own) == len(operations) else None)
@@ -531,8 +534,9 @@ def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
         multiple = out // rows[0][2]
         times = str(out) if name == "out" else f"{multiple}b" if multiple > 1 else "b"
         formula = f"{size} × {size} × {times}"
-        field = receptive_field(path)
-        steps.append(Step(name, level, formula, shape, traced, parameters, flops, field))
+        both = costs(operations, channels, shape, norms)
+        steps.append(Step(name, level, formula, shape, traced, *both, receptive_field(path)))
+        channels = out
     return steps
 
 
@@ -555,19 +559,18 @@ def diagnose(model: nn.Module, side: int, **given: int) -> str:
 
     `given` is that of `analyse_shapes`.
     """
-    rows, planned, seen, stopped = line_up(model, side, given)
-    if not rows:
-        return "this net is no U-Net of this plan: only its trace can be shown."
+    seen, stopped = trace_shapes(model, side)
+    rows = plan_for(model, seen, stopped, given)
     depth = max(level for _, level, *_ in rows)
     halves = (side & -side).bit_length() - 1  # how often 2 divides the side
+    levels = [sum(one.kind == kind for one in seen) for kind in ("pooling", "upsampling")]
     if halves < depth:
         often = ["not even once", "once only", "twice only", f"{halves} times only"][min(halves, 3)]
         return f"the sides part at level {halves + 1}: {side} can be halved {often}."
-    levels = [sum(one.kind == kind for one in seen) for kind in ("pooling", "upsampling")]
-    if levels[0] == levels[1] != depth and not stopped:
+    if levels[0] == levels[1] != depth and levels[0] and not stopped:
         many = "many" if levels[0] > depth else "few"
         return f"the net has {levels[0]} levels, planned are {depth}: too {many}."
-    return first_fault(planned, seen, stopped)
+    return first_fault(operations_of(rows, side), seen, stopped)
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -645,7 +648,7 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
 
 
 def run_model(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
-    """Return the float32 logits (B, K, N, N) of uint8 images, computed in `precision` on the model's device."""
+    """Return float32 logits (B, K, N, N) of uint8 images, computed in `precision` where it lies."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         return model(to_input(images, device)).float()
@@ -727,7 +730,7 @@ class Training(NamedTuple):
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
-        """Return the model with its average, its optimiser, and the rate's schedule over all steps."""
+        """Return the model with its average, its optimiser and the schedule of the rate."""
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
             precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)

@@ -18,7 +18,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -47,6 +47,7 @@ CHANGES = "it changes what judges it"
 LIMIT = 60  # for a criterion that doesn't say otherwise
 LARGEST = 50 * 2**20  # bytes of a file handed in
 SETTINGS = {
+    "GRADERS_MODULE": str(ROOT / MODULE),  # of tests/doctor.py
     "MPLBACKEND": "Agg",
     "TQDM_DISABLE": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
@@ -149,11 +150,12 @@ def copy_around_notebooks(folder: Path) -> None:
     shutil.copytree(
         ROOT / "notebooks",
         folder / "notebooks",
-        ignore=shutil.ignore_patterns("*.ipynb", "oxford_run", ".*", "__*"),
+        ignore=shutil.ignore_patterns("*.ipynb", ".*", "__*"),
         dirs_exist_ok=True,
     )
 
 
+@cache
 def grader_files() -> Files:
     """Return all that a criterion needs beside the hand-in."""
     paths = [path for name in (".", *OWN_FOLDERS) for path in (ROOT / name).glob("*.py")]
@@ -309,32 +311,30 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion], threads: int)
     """
     own = grader_files()
     files = {**own, **hand_in.others, MODULE: hand_in.module.read_bytes()}
-    run, stored = folder / "run", folder / "stored"
+    notebook, run = hand_in.notebook.read_bytes(), folder / "run"
     jobs = []
     if any(c.notebook for c in criteria):
         from grading.notebook import SECONDS, execute  # the student edition does without
 
-        notebook = hand_in.notebook.read_bytes()
-        for path in (run, stored):
-            stage(path, files, notebook)
-        work = partial(execute, run)
-        jobs.append(Job(str(run), work, SECONDS, writable=run, readable=(ROOT,)))
+        def execute_notebook(_: Callable[[dict], None]) -> None:
+            execute(stage(run, files, notebook), report)
+
+        run.mkdir(parents=True)
+        jobs.append(Job(str(run), execute_notebook, SECONDS, writable=run, readable=(ROOT,)))
 
     def work_on(c: Criterion, _: Callable[[dict], None]) -> None:
         canary = Path("tests") / f"test_{secrets.token_hex(4)}.py"  # a name like any other
         used = (own if c.notebook else files) | {canary: own[CANARY]}
         if c.notebook:
-            os.environ |= {
-                "GRADED_RUN": str(run),
-                "GRADED_STORED": str(stored),
-                "OMP_NUM_THREADS": str(threads),
-            }
+            stored = stage(folder / "stored", files, notebook)
+            os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
+            os.environ["OMP_NUM_THREADS"] = str(threads)
         run_pytest(stage(folder / c.id, used), [*c.tests, str(canary)])
 
     for c in criteria:
         job = Job(str(folder / c.id), partial(work_on, c), c.seconds, readable=(ROOT,))
         if c.notebook:
-            job = job._replace(after=str(run), writable=stored, readable=(ROOT, run))
+            job = job._replace(after=str(run), readable=(ROOT, run))
         jobs.append(job)
     return jobs
 

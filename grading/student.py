@@ -26,8 +26,8 @@ from grading.grade import (
 
 TO_WRITE = {  # by name, in the order in which it can be solved
     "conv_plus_conv": "return (3 x 3 convolution, BatchNorm, LeakyReLU 0.2) twice, as one nn.Sequential",
-    "UNet.__init__": "keep the arguments as attributes; make lists downs, pools, upsamples and ups (from the bottom to "
-    "the top), and bottleneck and out",
+    "UNet.__init__": "make the blocks of each level down, of the bottleneck and of each level up, "
+    "and out, the last convolution",
     "UNet.forward": "refuse odd sides by check_side; go down and keep the skips, pass the bottleneck, go up again",
     "confusion_matrix": "count the pairs (truth, predicted) of all pixels whose truth is not IGNORE",
     "scores": "derive accuracy, and IoU and Dice by class, from the matrix; return all that the docstring names",
@@ -44,6 +44,7 @@ CHECK = (
     "grading/guard.py",
     "grading/canary.py",
     "tests/conftest.py",
+    "tests/doctor.py",
     "tests/drawn.py",
     "tests/test_scores.py",
 )

@@ -15,6 +15,7 @@ from support.machine import room_for
 from support.parameters import InputError
 from support.safe_files import git_name, own_folder, write_atomically, write_csv
 from support.tensor_files import load_tensors, save_tensors
+from support.trace import names_in_use
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,10 +45,16 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load what `save_weights` wrote into a model of the same build. Errors: `InputError`."""
+    """Load what `save_weights` wrote into a model of the same build, whatever its names.
+
+    Errors: `InputError`.
+    """
+    tensors = load_tensors(path)
     try:
-        model.load_state_dict(load_tensors(path))
-    except (RuntimeError, TypeError, AttributeError):
+        if tensors.keys() != model.state_dict().keys():
+            tensors = dict(zip(names_in_use(model), tensors.values(), strict=True))
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, AttributeError, ValueError):
         what = "is damaged, or holds the weights of another architecture"
         raise InputError(f"{path} {what}: train again.") from None
 

@@ -4,6 +4,8 @@ A file of its own, since nothing here knows which net it is; `petseg_utils` pass
 """
 
 from copy import deepcopy
+from difflib import SequenceMatcher
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -119,6 +121,22 @@ def trace_shapes(model: nn.Module, side: int) -> tuple[list[Operation], str]:
     return tracer.seen, ""
 
 
+def names_in_use(model: nn.Module) -> list[str]:
+    """Return the names of a net's tensors, as in its state_dict, in the order of their use."""
+    model = deepcopy(model).to("meta").eval()
+    names: list[str] = []
+
+    def note_all(part: nn.Module, prefix: str) -> None:
+        own = [f"{prefix}.{name}" for name in part.state_dict() if "." not in name]
+        part.register_forward_pre_hook(lambda *_: names.extend(own))
+
+    for prefix, part in model.named_modules():
+        note_all(part, prefix)
+    with torch.no_grad():
+        model(torch.empty(1, 3, 256, 256, device="meta"))
+    return names
+
+
 # --------------------------------------------------------------------------------------- the doctor
 
 
@@ -128,8 +146,24 @@ def fits(planned: Planned, seen: Operation) -> bool:
     return seen.kind == planned.kind or stand_in
 
 
+def line_up(
+    plan: list[Planned], seen: list[Operation], stopped: str
+) -> list[tuple[int, int] | None] | None:
+    """Return what the operations put out, up to the first that doesn't do what is planned.
+
+    None says that the net is too unlike the plan to be compared.
+    """
+    expected = [planned.kind for planned in (plan[: len(seen)] if stopped else plan)]
+    if SequenceMatcher(None, expected, [one.kind for one in seen]).ratio() < 0.7:
+        return None
+    alike = takewhile(lambda pair: fits(*pair), zip(plan, seen, strict=False))
+    return [one.gives for _, one in alike]
+
+
 def first_fault(plan: list[Planned], seen: list[Operation], stopped: str) -> str:
     """Say in a sentence where a pass first parts from the plan, and why; "" if it doesn't."""
+    if line_up(plan, seen, stopped) is None:
+        return "the net is too unlike the plan to be compared with it: look at its trace."
     before = "the image"
     for index, planned in enumerate(plan):
         here = seen[index : index + 2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from course_unet import UNet as CourseUNet
 
-from petseg_utils import UNet, conv_plus_conv
+from petseg_utils import UNet, conv_plus_conv, load_weights, save_weights
 
 
 @pytest.mark.parametrize("norms", [1, 2])
@@ -33,6 +33,15 @@ def test_net_gives_what_one_in_the_courses_style_gives(switches, training):
     torch.manual_seed(0)
     ours, theirs = (style(2, 3, **switches).train(training) for style in (UNet, CourseUNet))
     theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    images = torch.randn(2, 3, 16, 24)
+    assert torch.equal(ours(images), theirs(images))
+
+
+def test_weights_are_loaded_into_a_net_with_other_names(tmp_path):
+    ours, theirs = UNet(2, 3).eval(), CourseUNet(2, 3).eval()
+    save_weights(tmp_path / "weights.pt", ours)
+    for net in (ours, theirs):
+        load_weights(tmp_path / "weights.pt", net)
     images = torch.randn(2, 3, 16, 24)
     assert torch.equal(ours(images), theirs(images))
 

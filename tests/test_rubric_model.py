@@ -6,6 +6,7 @@ which they run, shows all that is between them: pooling, upsampling and skips.
 
 import pytest
 import torch
+from doctor import told_by_the_doctor
 from drawn import draw
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -144,6 +145,7 @@ def test_net_computes_what_its_layers_say(norms, skips, training):
 @pytest.mark.parametrize(
     ("base_channels", "depth", "side"), [(1, 1, 2), (2, 2, 20), (5, 3, 24), (2, 5, 32)]
 )
+@told_by_the_doctor(UNet)
 def test_logits_have_the_side_of_the_images(base_channels, depth, side):
     found = UNet(base_channels, depth).eval()(torch.zeros(2, 3, side, side)).shape
     assert found == (2, 3, side, side), (
@@ -151,6 +153,7 @@ def test_logits_have_the_side_of_the_images(base_channels, depth, side):
     )
 
 
+@told_by_the_doctor(UNet)
 def test_number_of_classes_is_free():
     found = UNet(2, 1, 21).eval()(torch.zeros(2, 3, 4, 4)).shape
     assert found == (2, 21, 4, 4), (
@@ -158,6 +161,7 @@ def test_number_of_classes_is_free():
     )
 
 
+@told_by_the_doctor(UNet)
 def test_default_net_has_the_parameters_of_the_course():
     with torch.device("meta"):
         found = sum(parameter.numel() for parameter in UNet().parameters())
@@ -165,6 +169,7 @@ def test_default_net_has_the_parameters_of_the_course():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
+@told_by_the_doctor(UNet)
 def test_channels_double_on_the_way_down_and_halve_on_the_way_up(depth):
     widths = [4 * 2**level for level in range(depth)]
     expected = [*zip([3, *widths], widths, strict=False), (widths[-1], widths[-1])]

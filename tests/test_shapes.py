@@ -59,6 +59,7 @@ def test_default_model_has_the_shapes_of_the_course():
 @pytest.mark.parametrize("switches", [{}, {"norms": 1}, {"skips": False}])
 def test_parameters_of_every_step_are_the_models(switches):
     model = UNet(3, 2, **switches)
+    assert analyse_shapes(CourseUNet(3, 2, **switches), 20) == analyse_shapes(model, 20)
     parts = {f"down{i}": down for i, down in enumerate(model.downs, 1)}
     parts |= {f"up{i}": up for i, up in enumerate(model.ups[::-1], 1)}
     parts |= {"bottleneck": model.bottleneck, "out": model.out}
@@ -241,7 +242,7 @@ def test_net_that_is_no_such_u_net_gets_its_trace_without_a_prediction():
     assert [row["traced"] for row in rows][:3] == ["32 × 32 × 8", "16 × 16 × 8", "8 × 8 × 16"]
     assert {row["predicted"] + row["agree"] for row in rows} == {""}
     assert sum(step.parameters for step in analyse_shapes(net, 64)) == 3 * 8 * 9 + 8 + 8 * 144 + 16
-    assert "no U-Net of this plan" in diagnose(net, 64)
+    assert "too unlike the plan" in diagnose(net, 64)
 
 
 # ------------------------------------------------------------------- the table

@@ -1,0 +1,47 @@
+"""The grader's own shape doctor, so that no hand-in's copy of it speaks in the grader's reasons."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from torch import nn
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+@cache
+def own_module() -> ModuleType:
+    """Import the grader's petseg_utils.py under another name."""
+    path = os.environ.get("GRADERS_MODULE", HERE / "petseg_utils.py")
+    spec = importlib.util.spec_from_file_location("graders_own_module", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def opinion(style: type[nn.Module]) -> str:
+    """Return what the doctor says of a class of U-Nets; "" if nothing, or if it can't make one."""
+    with suppress(Exception):
+        return own_module().diagnose(style(4, 3), 32, base_channels=4, depth=3, num_classes=3)
+    return ""
+
+
+@contextmanager
+def told_by_the_doctor(style: type[nn.Module]) -> Iterator[None]:
+    """Let the reason why a test of this class fails end with what the shape doctor says."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError, LookupError) as error:
+        said = opinion(style)
+        if not said:
+            raise
+        why = str(error).partition("\n")[0]
+        if not isinstance(error, AssertionError):
+            why = f"expected no error, found {type(error).__name__}: {why}"
+        pytest.fail(f"{why.rstrip('.')}; the shape doctor says: {said}")
