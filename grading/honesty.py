@@ -1,44 +1,46 @@
-"""Run a hand-in's notebook on pictures that differ from others in the test split alone.
+"""Run a hand-in's notebook twice, on pictures that differ in the labels of the test split alone.
 
-What comes before the test score must not: the weights are the same, bit for bit, or something of
-the test images decided. So that little time is needed, the runs are small, and end when the
-weights are saved.
+What is trained must not differ: if it does, something of the test images decided. The runs are
+small, without augmentation, to tell what a net is shown, and end when weights are saved.
 """
 
-import json
 import os
 import shutil
-import sys
-from hashlib import sha256
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from PIL import Image
 
 from grading.notebook import PARAMETERS, RUN, cleaned, read
+from petseg_utils import TRIMAP_FILE, read_split
 
-SMALL = PARAMETERS | {"BASE_CHANNELS": 4, "EPOCHS": 3, "AUGMENT": 0.0}
-SECONDS = 60
-# A pet becomes background, background a border and so on. Whoever learned from these labels has
-# learned something else, and what was best by the true ones is now among the worst.
-OTHER_TEST = """
+SMALL = PARAMETERS | {"BASE_CHANNELS": 4, "EPOCHS": 4, "AUGMENT": 0.0}
+SECONDS = 60  # for a cell
+PICTURES = Path("data/sample/oxford-iiit-pet")
+AS_GIVEN = f"""
 
-_drawn_truly = draw_sample_pets
-
-
-def draw_sample_pets(*arguments, **named):
-    folder = _drawn_truly(*arguments, **named)
-    lines = (folder / "annotations" / "test.txt").read_text(encoding="utf-8").splitlines()
-    for name in (line.split()[0] for line in lines):
-        path = folder / "annotations" / "trimaps" / f"{name}.png"
-        trimap = np.array(Image.open(path))
-        Image.fromarray((trimap % 3 + 1).astype(np.uint8)).save(path)
-    return folder
+def draw_sample_pets(*_, **__):
+    return Path(__file__).resolve().parent.parent / "{PICTURES}"
 """
-SPY = """
-import sys
-sys.path[:0] = ["../grading", "grading"]
-import spy
+NOTE_WHAT_IS_SHOWN = """
+import hashlib, sys
+sys.path[:0] = ["."]
+import petseg_utils
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+def _note(module, inputs, shown=open("shown.txt", "w", buffering=1)):
+    if isinstance(module, petseg_utils.UNet) and inputs[0].device.type != "meta":
+        for image in ((inputs[0].detach() + 1) * 127.5).round().byte().cpu().numpy():
+            kind = "learned" if module.training else "scored"
+            shown.write(f"{kind} {hashlib.sha256(image.tobytes()).hexdigest()}\\n")
+
+
+_ = register_module_forward_pre_hook(_note)
 """
 
 
@@ -46,33 +48,40 @@ class WeightsSaved(Exception):
     """The notebook has got as far as needed."""
 
 
-def run(source: Path, folder: Path, other_test: bool) -> None:
-    """Copy the staged hand-in to a new folder and run its notebook until weights are saved."""
+def turn_labels(dataset: Path) -> None:
+    """Make each pet of the test images background, background a border and so on.
+
+    Who learned from these labels has learned something else, and what did best by the true ones
+    does worst.
+    """
+    for name in read_split(dataset, "test"):
+        path = dataset / TRIMAP_FILE.format(name)
+        trimap = np.array(Image.open(path))
+        Image.fromarray((trimap % 3 + 1).astype(np.uint8)).save(path)
+
+
+def run(source: Path, pictures: Path, folder: Path, turned: bool) -> Path:
+    """Run a copy of the staged hand-in in a new folder; return where its weights should be."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("runs", "data"))
-    if other_test:
-        with (folder / "support" / "sample_pets.py").open("a", encoding="utf-8") as file:
-            file.write(OTHER_TEST)
+    shutil.copytree(pictures, folder / PICTURES)
+    with (folder / "support" / "sample_pets.py").open("a", encoding="utf-8") as file:
+        file.write(AS_GIVEN)
+    if turned:
+        turn_labels(folder / PICTURES)
     notebook = cleaned(read(folder / "notebooks" / "pet_segmentation.ipynb"))
-    at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
+    tagged = ["parameters" in cell.metadata.tags for cell in notebook.cells]
     given = "\n".join(f"{name} = {value!r}" for name, value in SMALL.items())
-    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(given))
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(SPY))
+    notebook.cells.insert(tagged.index(True) + 1, nbformat.v4.new_code_cell(given))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(NOTE_WHAT_IS_SHOWN))
     weights = folder / "runs" / RUN / "weights.pt"
 
     def stop(**_: object) -> None:
         if weights.exists():
             raise WeightsSaved
 
-    client = NotebookClient(
-        notebook,
-        timeout=SECONDS,
-        kernel_name="python3",
-        allow_errors=True,
-        resources={"metadata": {"path": str(folder)}},
-        on_cell_executed=stop,
-    )
     os.environ["PYTHONPATH"] = str(folder)
-    try:
-        client.execute()
-    except WeightsSaved:
-        return
+    place = {"metadata": {"path": str(folder)}}
+    how = {"timeout": SECONDS, "allow_errors": True, "on_cell_executed": stop}
+    with suppress(WeightsSaved, CellTimeoutError, DeadKernelError):
+        NotebookClient(notebook, kernel_name="python3", resources=place, **how).execute()
+    return weights
