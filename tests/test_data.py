@@ -230,7 +230,7 @@ def test_shrunk_images_are_antialiased(dataset, name):
     assert inner.float().sub(127.5).abs().max() < 15
 
 
-# ------------------------------------------------------------------- broken files
+# ------------------------------------------------------------------- datasets
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_missing_dataset_is_named_with_what_to_do(tmp_path, complains):
 
 @pytest.fixture(scope="module")
 def painted() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images (16, 3, 64, 64), red where their masks (16, 64, 64) say 0, green at 1 and blue at 2."""
+    """Return images (16, 3, 64, 64), red, green and blue where their masks say 0, 1 and 2."""
     coarse = torch.randint(
         3, (16, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
@@ -381,7 +381,7 @@ def test_real_images_load(oxford):
 
 
 def test_colour_alone_does_not_solve_the_stand_in(tmp_path):
-    """Guess each pixel by its colour alone, learned from other pictures: hardly better than the majority class."""
+    """Guess each pixel by its colour alone: hardly better than the majority class."""
     folder = draw_sample_pets(tmp_path, trainval=90, test=30)
     train, test = (
         load_pets(folder, read_split(folder, split), 64) for split in ("trainval", "test")
