@@ -13,6 +13,8 @@ def pytest_configure(config):
     sys.path.insert(0, str(ROOT))
     if hasattr(config.option, "nbval_cell_timeout"):
         config.option.nbval_cell_timeout = 600  # seconds
+        # The kernel of this environment, whatever name another one has left in a notebook.
+        config.option.nbval_current_env = not config.option.nbval_kernel_name
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )

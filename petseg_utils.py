@@ -1,7 +1,6 @@
-"""Pet segmentation with a U-Net: the model and every helper that the notebooks import, in the order
-data flows.
+"""Pet segmentation with a U-Net: the model, and every helper that the notebooks import.
 
-Sections: recipe, data, model, shapes, scores, run folder, training. Each uses only what stands
+Sections, as data flows: recipe, data, model, shapes, scores, training. Each uses only what stands
 above it. Letters: B images, N the side of the square images in pixels, b base channels, K = 3
 classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each an index into
 `CLASSES`, or `IGNORE`.
@@ -47,6 +46,23 @@ from support.runs import ROOT, load_weights, open_run, read_run, save_weights, w
 from support.safe_files import read_names, write_atomically
 from support.sample_pets import draw_sample_pets
 from support.trace import Operation, Planned, first_fault, line_up, trace_shapes
+
+# What notebooks and experiments use: the module's own, and what rooms below it offer.
+# fmt: off
+__all__ = [
+    "CLASSES", "COLORS", "GREEN", "IGNORE", "IMAGE_FILE", "RED", "ROOT", "TRIMAP_FILE",
+    "InputError", "Muon", "Parameters", "Pets", "Recipe", "Step", "Training", "UNet",
+    "analyse_shapes", "augment", "breed_of", "check_run", "check_side", "colorize",
+    "confusion_matrix", "conv_plus_conv", "costs", "count_steps", "diagnose",
+    "draw_sample_pets", "epochs", "evaluate", "files_of", "find_dataset", "hold_out",
+    "html_table", "identify", "keep_freed_memory", "load_net", "load_pets", "load_weights",
+    "open_image", "open_run", "operations_of", "pick_device", "pick_precision", "plan",
+    "plan_for", "plot_grid", "plot_unet", "predict", "prepare", "read_run", "read_split",
+    "receptive_field", "recolour", "run_model", "save_run", "save_weights", "scores",
+    "segmentation_loss", "to_input", "trace_shapes", "train", "train_epoch", "validate",
+    "write_atomically",
+]
+# fmt: on
 
 CLASSES = tuple(COLORS)  # pet, background, border: trimap values 1, 2, 3, shifted by one
 IGNORE = 255  # label of pixels that augmentation moved in from outside the photo: no loss, no score
@@ -632,7 +648,7 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
 
 
 def run_model(model: nn.Module, images: Tensor, precision: torch.dtype) -> Tensor:
-    """Return the float32 logits (B, K, N, N) of uint8 images, computed in `precision` on the model's device."""
+    """Return float32 logits (B, K, N, N) of uint8 images, computed in `precision` where it lies."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         return model(to_input(images, device)).float()
@@ -714,7 +730,7 @@ class Training(NamedTuple):
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
-        """Return the model with its average, its optimiser, and the rate's schedule over all steps."""
+        """Return the model with its average, its optimiser and the schedule of the rate."""
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
             precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)

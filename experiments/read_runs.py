@@ -30,15 +30,8 @@ for split in ("valid", "test"):
     COLUMNS |= {f"{split}.iou.{name}": Share | None for name in pets.CLASSES}
     COLUMNS |= {f"{split}.images": Whole}
 Row = TypedDict("Row", COLUMNS)
-
-
-class Epoch(TypedDict):
-    """A line of history.csv."""
-
-    epoch: float
-    train_loss: float
-    valid_pixel_accuracy: Share
-    seconds: Seconds
+HISTORY = {"epoch": float, "train_loss": float, "valid_pixel_accuracy": Share, "seconds": Seconds}
+Epoch = TypedDict("Epoch", HISTORY)  # a line of history.csv
 
 
 class Run(BaseModel):

@@ -9,9 +9,6 @@ workers, on any number of machines that share the project's folder, are started 
 
     .venv/bin/python -m dask scheduler
     .venv/bin/python -m dask worker tcp://host:8786 --nthreads 1
-
-Papermill executes the notebook; Dask spreads the runs over processes, and gives a lost worker's run
-to another.
 """
 
 import json

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from time import perf_counter
 
@@ -125,32 +125,32 @@ HEADLINE = {  # what is measured: whether freed memory is kept, and what makes t
     "with Muon": (True, lambda: fast_step(muon=True)),
     "loop": (True, lambda: epoch(SIDE, BATCH, WIDTH, STEPS * BATCH, augment=1.0)),
 }
-WORK: list[Callable[[], object]] = []  # of this process, if it is one of those below
 
 
-def set_up(name: str, threads: int) -> None:
-    """Prepare a process to measure one thing."""
+@cache
+def work_of(name: str, threads: int) -> Callable[[], object]:
+    """Return the work of one part of the headline, for which its process is set up once."""
     torch.set_num_threads(threads)
     keep, make = HEADLINE[name]
     if keep:
         pets.keep_freed_memory()
-    WORK.append(make())
+    return make()
 
 
-def measure() -> float:
-    """Return the seconds of the work that this process was set up for."""
-    return seconds_of(WORK[0])
+def measure(name: str, threads: int) -> float:
+    """Return the seconds of one part of the headline."""
+    return seconds_of(work_of(name, threads))
 
 
 def in_turns() -> dict[str, float]:
     """Return the least seconds of each part of the headline, in turns, each in its own process."""
     spawn, threads = get_context("spawn"), torch.get_num_threads()
     with ExitStack() as stack:
-        works = []
-        for name in HEADLINE:
-            pool = ProcessPoolExecutor(1, spawn, set_up, (name, threads))
-            stack.enter_context(pool)
-            works.append(lambda pool=pool: pool.submit(measure).result())
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in HEADLINE}
+        works = [
+            lambda name=name, pool=pool: pool.submit(measure, name, threads).result()
+            for name, pool in pools.items()
+        ]
         return dict(zip(HEADLINE, least_seconds("steps", *works), strict=True))
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from support.parameters import InputError, reason
 
 MAX_PIXELS = 200_000_000  # of one image, which then takes 0.8 GB decoded: more than phones make
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow itself would refuse twice as many, and warn before
+Image.MAX_IMAGE_PIXELS = None  # our limit takes the place of Pillow's, which warns before
 register_heif_opener()  # what iPhones write
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: tests need no window
 
-from petseg_utils import IMAGE_FILE, ROOT, TRIMAP_FILE, InputError, Pets, draw_sample_pets
+from drawn import draw_pets
+
+from petseg_utils import ROOT, InputError, Pets, draw_sample_pets
 
 
 @contextmanager
@@ -57,19 +58,8 @@ def oxford() -> Path:
 @pytest.fixture(scope="session")
 def pets(tmp_path_factory) -> Pets:
     """Return 8 pictures of 16 x 16 pixels, in memory and on disk, whose colours are the labels."""
-    random = torch.Generator().manual_seed(0)
-    coarse = torch.randint(3, (8, 4, 4), generator=random, dtype=torch.uint8)
-    masks = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)  # (8, 16, 16)
-    noise = torch.randint(-20, 20, (8, 3, 16, 16), generator=random)
-    images = (torch.eye(3)[masks.long()].permute(0, 3, 1, 2) * 180 + 40 + noise).byte()
     names = [f"{breed}_{number}" for breed in ("pug", "Bengal") for number in range(4)]
-    folder = tmp_path_factory.mktemp("pets")
-    for name, image, mask in zip(names, images, masks, strict=True):
-        for file, pixels in ((IMAGE_FILE, image.permute(1, 2, 0)), (TRIMAP_FILE, mask + 1)):
-            path = folder / file.format(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.numpy()).save(path, "PNG")  # which loses nothing
-    return Pets(names, images, masks, folder)
+    return draw_pets(tmp_path_factory.mktemp("pets"), names, side=16)
 
 
 @pytest.fixture

@@ -26,9 +26,15 @@ def draw_pets(folder: Path, names: list[str], side: int, dark: bool = False) -> 
     noise = torch.randint(-20, 20, (len(names), 3, side, side), generator=random)
     images = (torch.eye(3)[masks.long()].permute(0, 3, 1, 2) * 180 + 40 + noise).byte()
     images = images // 3 if dark else images
-    for name, image, mask in zip(names, images, masks, strict=True):
+    pets = Pets(names, images, masks, folder)
+    write_pets(pets)
+    return pets
+
+
+def write_pets(pets: Pets) -> None:
+    """Write pictures and trimaps to where their folder has them."""
+    for name, image, mask in zip(*pets[:3], strict=True):
         for file, pixels in ((IMAGE_FILE, image.permute(1, 2, 0)), (TRIMAP_FILE, mask + 1)):
-            path = folder / file.format(name)
+            path = pets.folder / file.format(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.numpy()).save(path, "PNG")  # which loses nothing
-    return Pets(names, images, masks, folder)

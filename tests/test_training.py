@@ -222,7 +222,7 @@ def test_norms_have_statistics_of_the_training_images_under_the_averaged_weights
 
 def resident() -> int:
     """Return how many bytes of this process are in memory (Linux only)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * PAGESIZE
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it speaks to glibc alone")

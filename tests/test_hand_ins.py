@@ -1,0 +1,274 @@
+"""Hand-ins that are right, from other environments and in other styles: they lose no points.
+
+The same holds for datasets that differ from the real one.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import petseg_utils as pets
+from grading import notebook as grader
+from grading import test_notebook as criteria
+
+NOTEBOOK = "notebooks/pet_segmentation.ipynb"
+SOURCES = [
+    'DATASET: str = "oxford"\nDEVICE: str = "cuda"\nDATA_DIR = "/home/me"\nEPOCHS: int = 99',
+    "print(DATASET, DEVICE, DATA_DIR, EPOCHS)",
+    "print(6 * 7)",
+]
+
+
+def small_notebook() -> dict:
+    """Return a notebook of a few cells, as JSON has it, that was run from top to bottom."""
+    cells = [nbformat.v4.new_code_cell(source, execution_count=n)
+             for n, source in enumerate(SOURCES, 1)]  # fmt: skip
+    cells[0].metadata["tags"] = ["parameters"]
+    cells[1].outputs = [nbformat.v4.new_output("stream", text="oxford cpu data 99\n")]
+    cells[2].outputs = [nbformat.v4.new_output("stream", text="42\n")]
+    cells.insert(1, nbformat.v4.new_markdown_cell("A text."))
+    return json.loads(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
+
+
+def write(folder, content: dict, *, encoding: str = "utf-8", lines: str = "\n"):
+    """Write a notebook to where the grader looks for it, and return its path."""
+    path = folder / NOTEBOOK
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(json.dumps(content, indent=1).replace("\n", lines).encode(encoding))
+    return path
+
+
+def of_conda(content):
+    kernel = {"name": "conda-env-dl-py", "language": "python", "display_name": "Python [dl]"}
+    content["metadata"] = {"kernelspec": kernel}
+
+
+def of_no_kernel(content):
+    content["metadata"] = {}
+
+
+def of_colab(content):
+    """Colab numbers cells in their metadata, and loses their tags."""
+    content["metadata"] |= {"colab": {"provenance": []}, "accelerator": "GPU"}
+    for cell in content["cells"]:
+        cell.pop("id")
+        cell["metadata"] = {"id": "0", "cellView": "form", "outputId": "1", "colab": {}}
+    content["nbformat_minor"] = 0
+
+
+def of_vscode(content):
+    content["metadata"] |= {"vscode": {"interpreter": {"hash": "0"}}, "orig_nbformat": 4}
+    for cell in content["cells"]:
+        cell["metadata"]["vscode"] = {"languageId": "python"}
+
+
+def without_ids(content):
+    for cell in content["cells"]:
+        cell.pop("id")
+
+
+def with_double_ids(content):
+    for cell in content["cells"]:
+        cell["id"] = "same"
+
+
+def with_other_line_ends(content):
+    for cell in content["cells"]:
+        cell["source"] = [line.replace("\n", "\r\n") for line in cell["source"]]
+
+
+EDITORS = [
+    *(of_conda, of_no_kernel, of_colab, of_vscode),
+    *(without_ids, with_double_ids, with_other_line_ends),
+]
+
+
+@pytest.mark.parametrize("edit", EDITORS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize(("encoding", "lines"), [("utf-8", "\n"), ("utf-8-sig", "\r\n")])
+@pytest.mark.filterwarnings("ignore")  # nbformat tells of what it mends
+def test_notebook_of_any_editor_reads_alike(tmp_path, edit, encoding, lines):
+    content = small_notebook()
+    edit(content)
+    found = grader.read(write(tmp_path, content, encoding=encoding, lines=lines))
+    code = [cell for cell in found.cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code] == SOURCES
+    assert [cell.metadata.tags for cell in code] == [["parameters"], [], []]
+    assert [cell.execution_count for cell in code] == [1, 2, 3]
+    assert len({cell.id for cell in found.cells}) == 4
+    assert found.metadata.kernelspec.name == "python3"
+    nbformat.validate(found)
+
+
+@pytest.mark.parametrize("minor", range(6))
+@pytest.mark.filterwarnings("ignore")
+def test_notebook_of_any_format_from_4_0_to_4_5_reads(tmp_path, minor):
+    content = small_notebook()
+    if minor < 5:
+        without_ids(content)
+    content["nbformat_minor"] = minor
+    assert len(grader.read(write(tmp_path, content)).cells) == 4
+
+
+# ----------------------------------------------------------------------------- executing and nbval
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+    """Return a folder staged for the grader, whose criteria look there."""
+    for name in ("support", "grading"):
+        (tmp_path / name).mkdir()
+    shutil.copy(pets.ROOT / "support" / "sample_pets.py", tmp_path / "support")
+    (tmp_path / "grading" / "spy.py").touch()
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(pets.ROOT / name, tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")  # the grader sets it: so it is put back
+    monkeypatch.chdir(tmp_path)
+    for name in ("RUN_FOLDER", "FOLDER", "STORED"):
+        monkeypatch.setattr(criteria, name, tmp_path)
+    return tmp_path
+
+
+def test_grader_sets_where_and_on_what_and_goes_on_after_a_cell_that_fails(staged):
+    content = small_notebook()
+    of_conda(content)
+    content["cells"][0]["metadata"] = {}  # the tag is lost
+    content["cells"].insert(2, nbformat.v4.new_code_cell("assert False, 'why'"))
+    write(staged, content, encoding="utf-8-sig")
+    grader.execute(staged, [].append)
+    assert [grader.printed(cell) for cell in criteria.executed()] == [
+        "", "", "sample cpu data 10\n", "42\n"
+    ]  # fmt: skip
+    with pytest.raises(pytest.fail.Exception, match="AssertionError: why in code cell 2, "):
+        criteria.test_notebook_runs_to_its_end()
+
+
+def test_outputs_are_compared_whatever_the_kernel_and_the_device_are_called(staged):
+    """Those of pictures that the grader doesn't have need only be there."""
+    content = small_notebook()
+    of_conda(content)
+    assert criteria.strict_nbval(grader.read(write(staged, content))) == (3, [])
+    nbformat.write(grader.cleaned(grader.read(staged / NOTEBOOK)), staged / "executed.ipynb")
+    write(staged, content, encoding="utf-8-sig", lines="\r\n")
+    criteria.test_stored_outputs_reproduce()
+
+
+def test_projects_own_nbval_takes_the_kernel_of_this_environment(staged):
+    content = small_notebook()
+    of_conda(content)
+    content["cells"] = [cell for cell in content["cells"] if cell["source"] == ["print(6 * 7)"]]
+    write(staged, content)
+    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", NOTEBOOK]
+    done = subprocess.run(command, cwd=staged, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout
+
+
+# ---------------------------------------------------------------------------- nets in other styles
+
+
+class CourseNet(nn.Module):
+    """The course's own style: no lists, one pooling for all levels, functional upsampling."""
+
+    def __init__(self, b: int, depth: int) -> None:
+        super().__init__()
+        self.out = nn.Conv2d(b, 3, kernel_size=1)  # made first, used last
+        self.downsample = nn.MaxPool2d(2)
+        self.depth = depth
+        for level in range(1, depth + 1):
+            c = b * 2 ** (level - 1)
+            setattr(self, f"up{level}", pets.conv_plus_conv(2 * c, max(c // 2, b)))
+            setattr(self, f"down{level}", pets.conv_plus_conv(c // 2 if level > 1 else 3, c))
+        self.bottleneck = nn.Sequential(pets.conv_plus_conv(c, c))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for level in range(1, self.depth + 1):
+            kept.append(getattr(self, f"down{level}")(x))
+            x = self.downsample(kept[-1])
+        x = self.bottleneck(x)
+        for level in range(self.depth, 0, -1):
+            x = torch.cat((F.interpolate(x, scale_factor=2), kept.pop()), dim=1)
+            x = getattr(self, f"up{level}")(x)
+        return self.out(x)
+
+
+def test_weights_fit_the_graders_net_however_a_hand_in_names_its_layers(staged):
+    torch.manual_seed(0)
+    net = CourseNet(grader.PARAMETERS["BASE_CHANNELS"], grader.PARAMETERS["DEPTH"])
+    (staged / "layers.json").write_text(json.dumps(grader.layers_in_use(net)), encoding="utf-8")
+    pets.save_weights(staged / "weights.pt", net)
+    images = torch.randn(2, 3, 32, 32)
+    expected, found = net.eval()(images), criteria.load_net().eval()(images)
+    assert torch.allclose(expected, found, atol=5e-3)  # weights are kept in half precision
+
+
+def test_weights_of_a_net_of_another_size_are_told(staged):
+    pets.save_weights(staged / "weights.pt", CourseNet(4, 2))
+    with pytest.raises(pytest.fail.Exception, match=r"weights of a UNet\(8, 4\), found those of"):
+        criteria.load_net()
+
+
+# ---------------------------------------------------------------------------------- whole hand-ins
+
+STYLES = {  # text of the module, and what a learner wrote
+    "LeakyReLU(0.2, inplace=True)": "LeakyReLU(0.2)",
+    "    cross_entropy = F.cross_entropy(logits, masks, ignore_index=IGNORE)\n": (
+        "    likely = logits.log_softmax(dim=1).exp().log()  # keeps three tensors more\n"
+        "    cross_entropy = F.nll_loss(likely, masks, ignore_index=IGNORE)\n"
+    ),
+    "        self.bottleneck = conv_plus_conv(channels[-1], channels[-1], norms)\n": "",
+    "        self.out = nn.Conv2d(": (
+        "        self.bottleneck = conv_plus_conv(channels[-1], channels[-1], norms)\n"
+        "        self.out = nn.Conv2d("
+    ),
+    "range(0, len(images), 32)": "range(0, len(images), 1)",
+    "slice(start, start + 32)": "slice(start, start + 1)",
+}
+
+
+def test_right_work_in_other_styles_gets_all_points(tmp_path):
+    """One hand-in of many styles, run on other data and another device than the grader has."""
+    source = (pets.ROOT / "petseg_utils.py").read_text(encoding="utf-8")
+    for old, new in STYLES.items():
+        assert old in source, old
+        source = source.replace(old, new)
+    notebook = json.loads((pets.ROOT / NOTEBOOK).read_text(encoding="utf-8"))
+    of_colab(notebook)
+    of_conda(notebook)
+    for cell in notebook["cells"]:
+        changes = {'DATASET: str = "sample"': 'DATASET: str = "oxford"', '"auto"': '"cuda"'}
+        for old, new in changes.items():
+            if cell["source"] and cell["source"][0].startswith("DATASET"):
+                cell["source"] = [line.replace(old, new, 1) for line in cell["source"]]
+    write(tmp_path, notebook, encoding="utf-8-sig", lines="\r\n")
+    (tmp_path / "petseg_utils.py").write_text(source, encoding="utf-8")
+    command = [sys.executable, "-m", "grading.grade", "--hand-in", tmp_path, "--out", tmp_path]
+    done = subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True)
+    assert json.loads((tmp_path / "grade.json").read_text())["points"] == 100, done.stdout
+
+
+# ---------------------------------------------------------------------------------- other datasets
+
+
+def test_dataset_without_a_border_is_trained_on_and_scored(tmp_path, run_folder):
+    folder = pets.draw_sample_pets(tmp_path, trainval=40, test=20, seed=0, side=48)
+    for path in (folder / "annotations" / "trimaps").glob("*.png"):
+        trimap = np.array(Image.open(path))
+        Image.fromarray(np.where(trimap == 3, 1, trimap)).save(path)
+    small = {"IMAGE_SIZE": 16, "BASE_CHANNELS": 2, "DEPTH": 2, "EPOCHS": 1, "BATCH_SIZE": 8}
+    given = {"DATASET": "oxford", "DATA_DIR": str(tmp_path), "RUN_NAME": run_folder.name, **small}
+    output = str(tmp_path / "executed.ipynb")
+    papermill.execute_notebook(pets.ROOT / NOTEBOOK, output, given, progress_bar=False)
+    test = pets.read_run(run_folder)["test"]
+    assert test["confusion_matrix"][2] == [0, 0, 0]
+    assert test["iou"]["border"] in (0, None)  # predicted nevertheless, or nowhere
+    assert len(list((run_folder / "figures").glob("*.png"))) >= 10
