@@ -1,5 +1,4 @@
-"""Draw masks, grids of pictures, tables and the U of a U-Net, in colours that colour-blind readers
-can tell apart.
+"""Draw masks, grids of pictures, tables and the U of a U-Net, in colours that all can tell apart.
 
 A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils`
 passes it on. A figure's label, `figure.get_label()`, is its alt text: what it shows, for those who
@@ -15,8 +14,9 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from torch import Tensor
 
-# From Okabe and Ito's palette: the classes' colours are theirs alone, everything else has the
-# others.
+from support.parameters import InputError
+
+# From Okabe and Ito's palette, for colour-blind readers: no class shares its colour with anything.
 COLORS = {"pet": "#E69F00", "background": "#0072B2", "border": "#1A1A1A"}
 GREEN, RED, SKY, YELLOW, PINK, GREY = (
     "#009E73",
@@ -43,8 +43,7 @@ BOXES = {  # the colour of each kind of step, and what the legend says of it
 
 
 def colorize(mask: Tensor, image: Tensor | None = None) -> np.ndarray:
-    """Return labels (N, N) as an RGB picture (N, N, 3) of floats; labels that are no class are
-    grey.
+    """Return labels (N, N) as an RGB picture (N, N, 3) of floats; what is no class is grey.
 
     With an image (3, N, N) uint8, the picture is halfway between the image and the mask.
     """
@@ -57,8 +56,7 @@ def colorize(mask: Tensor, image: Tensor | None = None) -> np.ndarray:
 def plot_grid(
     columns: dict[str, list], row_titles: list[str], alt: str, width: float = 2.2
 ) -> plt.Figure:
-    """Plot columns of RGB pictures (H, W, 3) side by side, a row for each title, with the classes'
-    legend below.
+    """Plot columns of RGB pictures (H, W, 3) side by side, a row for each title, above a legend.
 
     `width` is that of one picture, in inches.
     """
@@ -83,7 +81,7 @@ def plot_grid(
 
 
 def html_table(rows: list[dict]) -> str:
-    """Return rows with the same keys as an HTML table, every text escaped; a wide one scrolls in a box of its own."""
+    """Return rows with the same keys as an HTML table, all escaped; a wide one scrolls in a box."""
     lines = [[f"<th>{html.escape(str(title))}</th>" for title in rows[0]]]
     lines += [
         [f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()]
@@ -94,15 +92,18 @@ def html_table(rows: list[dict]) -> str:
 
 
 def plot_unet(steps: Sequence) -> plt.Figure:
-    """Draw the U from the steps of `analyse_shapes`: in a loop over those that follow one another.
+    """Draw the U from the steps of `analyse_shapes`, in a loop over those that follow one another.
 
     A box's height grows with the side and its width with the channels (square roots, so that small
-    ones stay visible).
+    ones stay visible). Errors: `InputError` for the steps of a net that is no such U-Net.
     """
+    if not all(step.predicted for step in steps):
+        raise InputError("only a U-Net that follows the plan can be drawn: show its table instead.")
     depth = max(step.level for step in steps)
     alt = (
-        f"The U-Net drawn as a U: {depth} levels down on the left, the bottleneck, {depth} levels up on the right, and "
-        "an arrow across each level for its skip. Every box is labelled with its formula and its shape."
+        f"The U-Net drawn as a U: {depth} levels down on the left, the bottleneck, "
+        f"{depth} levels up on the right, and an arrow across each level for its skip. "
+        "Every box is labelled with its formula and its shape."
     )
     figure, axes = plt.subplots(
         figsize=(3.5 + 1.7 * depth, 2.2 + 0.9 * depth), layout="constrained", label=alt
@@ -138,16 +139,12 @@ def plot_unet(steps: Sequence) -> plt.Figure:
 
 
 def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> plt.Rectangle:
-    """Draw a step's box with its formula and its traced shape, dotted if it was not reached, and
-    return the box.
+    """Draw and return a step's box with its formula and traced shape, dotted if not reached.
 
     `largest` has the square roots of the most channels and the largest side.
     """
-    left, right, y = (
-        step.level,
-        2 * depth + 1.2 - step.level,
-        -1.6 * step.level,
-    )  # the arms lean to the bottleneck
+    # The arms lean to the bottleneck.
+    left, right, y = step.level, 2 * depth + 1.2 - step.level, -1.6 * step.level
     kind = step.name.rstrip("0123456789")
     x, dx, dy = {  # dx and dy say on which side of the box its label stands
         "image": (-1.6, 0, -1),
@@ -157,9 +154,8 @@ def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> pl
         "up": (right + 0.9, 0, -1),
         "out": (right + 1.9, 0, 1),
     }[kind]
-    w, h = (
-        np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)
-    )  # half its width and half its height
+    # Half its width and half its height.
+    w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)
     text = f"{step.name}\n{step.formula}\n{step.row['traced']}".replace(" × ", "×")
     ha, va = ("center", "left", "right")[dx], ("center", "bottom", "top")[dy]
     axes.text(
@@ -172,6 +168,6 @@ def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> pl
 
 
 def draw_arrow(axes: plt.Axes, start: plt.Rectangle, end: plt.Rectangle, kind: str) -> None:
-    """Draw an arrow of one of the kinds in `ARROWS` from the edge of one box to the edge of another."""
+    """Draw an arrow of one of the kinds in `ARROWS` from one box's edge to another's."""
     style = {"arrowstyle": "->", "lw": 1.5, "patchA": start, "patchB": end, **ARROWS[kind]}
     axes.annotate("", end.get_center(), start.get_center(), arrowprops=style)

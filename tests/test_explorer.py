@@ -1,4 +1,4 @@
-"""The explorer of shapes, in a real browser: its numbers are those of the module, and it answers to touch."""
+"""The explorer of shapes, in a real browser: the module's numbers, and it answers to touch."""
 
 import shutil
 
@@ -48,8 +48,7 @@ def choose(page, **values: int) -> None:
     """Move the sliders, as a hand would."""
     for name, value in values.items():
         page.locator(f"#{name}").evaluate(
-            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }",
-            value,
+            "(slider, v) => { slider.value = v; slider.dispatchEvent(new Event('input')); }", value
         )
 
 
