@@ -71,11 +71,14 @@ def isolate(job: Job) -> bool:
     """Move into namespaces of our own; return whether the system allows it."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None, use_errno=True)
-        uid, new = os.getuid(), NEW_MOUNTS | NEW_PROCESSES | NEW_NETWORK
+        ids = {"uid": os.getuid(), "gid": os.getgid()}
+        new = NEW_MOUNTS | NEW_PROCESSES | NEW_NETWORK
         if libc.unshare(new) != 0:
             if libc.unshare(new | NEW_USER) != 0:
                 return False
-            Path("/proc/self/uid_map").write_text(f"0 {uid} 1", encoding="utf-8")
+            Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+            for kind, number in ids.items():
+                Path(f"/proc/self/{kind}_map").write_text(f"0 {number} 1", encoding="utf-8")
         close_files(libc, job)
         # Kernels talk to us through the loopback device: SIOCSIFFLAGS, IFF_UP.
         with socket.socket() as any_socket, suppress(OSError):
