@@ -134,7 +134,7 @@ def names_in_use(model: nn.Module) -> list[str]:
         note_all(part, prefix)
     with torch.no_grad():
         model(torch.empty(1, 3, 256, 256, device="meta"))
-    return names
+    return list(dict.fromkeys(names))
 
 
 # --------------------------------------------------------------------------------------- the doctor
