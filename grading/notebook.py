@@ -9,13 +9,9 @@ import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nbformat
 from nbformat import NotebookNode
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SECONDS = 180  # for all of its cells, also on a busy machine
 RUN = "graded"
@@ -102,22 +98,6 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
     for cell, old in zip(cells, code, strict=True):
         cell.metadata["tags"] = ["parameters"] if "parameters" in old.metadata.tags else []
     return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
-
-
-def layers_in_use(net: "nn.Module") -> list[str]:
-    """Return the names of the layers with weights, in the order in which a forward pass uses them.
-
-    However a U-Net names and nests its layers, this order is the same.
-    """
-    import torch
-
-    used = []
-    for name, layer in net.named_modules():
-        if layer._parameters:
-            layer.register_forward_pre_hook(lambda *_, name=name: used.append(name))
-    with torch.no_grad():
-        net.eval()(torch.zeros(1, 3, PARAMETERS["IMAGE_SIZE"], PARAMETERS["IMAGE_SIZE"]))
-    return list(dict.fromkeys(used))
 
 
 def execute(folder: Path, report: Callable[[dict], None]) -> None:

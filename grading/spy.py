@@ -1,4 +1,4 @@
-"""Note what a notebook trains on and scores, and its net's layers.
+"""Note what a notebook trains on and scores, and its net's tensors.
 
 A cell of the grader's imports this before all others.
 """
@@ -43,7 +43,8 @@ def noted(name: str, **arguments: int) -> None:
 noted("train", train_pets=1, valid_pets=2)
 noted("evaluate", pets=1)
 with suppress(Exception):  # what is wrong with the net, its own tests tell
-    from grading.notebook import PARAMETERS, layers_in_use
+    from grading.notebook import PARAMETERS
+    from support.trace import names_in_use
 
     net = petseg_utils.UNet(PARAMETERS["BASE_CHANNELS"], PARAMETERS["DEPTH"])
-    (HERE / "layers.json").write_text(json.dumps(layers_in_use(net)), encoding="utf-8")
+    (HERE / "names.json").write_text(json.dumps(names_in_use(net)), encoding="utf-8")

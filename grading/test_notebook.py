@@ -21,8 +21,9 @@ from PIL import Image
 
 import petseg_utils as pets
 from grading import notebook as grader
-from grading.notebook import NBVAL_COMMENT, PARAMETERS, PLACES, RUN, layers_in_use
+from grading.notebook import NBVAL_COMMENT, PARAMETERS, PLACES, RUN
 from support.tensor_files import load_tensors
+from support.trace import names_in_use
 
 RUN_FOLDER = Path(os.environ.get("GRADED_RUN", "."))  # empty while tests are only counted
 FOLDER = RUN_FOLDER / "runs" / RUN
@@ -79,18 +80,15 @@ def model() -> pets.UNet:
 def load_net() -> pets.UNet:
     """Return the grader's own net with the weights that the notebook saved.
 
-    A hand-in may name its layers as it likes: they are matched by the order in which they are used.
+    A hand-in may name its layers as it likes: they are matched by the order of their use.
     """
     model = pets.UNet(PARAMETERS["BASE_CHANNELS"], PARAMETERS["DEPTH"])
     path = FOLDER / "weights.pt"
     assert path.is_file(), "expected the file weights.pt in the run's folder, found none"
-    weights, noted = load_tensors(path), RUN_FOLDER / "layers.json"
+    weights, noted = load_tensors(path), RUN_FOLDER / "names.json"
     theirs = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else []
-    own = dict(zip(theirs, layers_in_use(model), strict=False))
-    renamed = {}
-    for key, tensor in weights.items():
-        layer, _, kind = key.rpartition(".")
-        renamed[f"{own.get(layer, layer)}.{kind}"] = tensor
+    own = dict(zip(theirs, names_in_use(model), strict=False))
+    renamed = {own.get(name, name): tensor for name, tensor in weights.items()}
     try:
         model.load_state_dict(renamed)
     except RuntimeError:
