@@ -31,6 +31,7 @@ PARAMETERS = {  # all that say where, on what and what is scored; how to train i
     "SKIPS": True,
     "SMALL_EPOCHS": "",
     "BATCH_SIZE": 16,
+    "AUGMENT": 0.0,  # so that the images that a net sees are known again
     "FLIP": False,
     "SEED": 0,
     "PRECISION": "float32",

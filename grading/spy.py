@@ -1,4 +1,4 @@
-"""Note what a notebook trains on and scores, and its net's tensors.
+"""Note what a notebook trains on and scores, which images its net sees, and the net's tensors.
 
 A cell of the grader's imports this before all others.
 """
@@ -9,7 +9,11 @@ import json
 import os
 import sys
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
@@ -17,6 +21,11 @@ petseg_utils = importlib.import_module("petseg_utils")
 assert Path(petseg_utils.__file__).parent == HERE, (
     f"another module is in the way: {petseg_utils.__file__}"
 )
+grader = importlib.import_module("grading.notebook")
+names_in_use = importlib.import_module("support.trace").names_in_use
+
+WEIGHTS = HERE / "runs" / grader.RUN / "weights.pt"
+SHOWN = os.open(HERE / "shown.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 NOTES = os.open(HERE / "calls.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
@@ -40,11 +49,20 @@ def noted(name: str, **arguments: int) -> None:
     setattr(petseg_utils, name, spy)
 
 
+def note_images(module: Module, inputs: tuple) -> None:
+    """Note each image that the net sees until weights are saved, and whether it learns from it."""
+    if not isinstance(module, petseg_utils.UNet) or inputs[0].device.type == "meta":
+        return
+    if WEIGHTS.exists():
+        return
+    kind = "learned" if module.training else "scored"
+    for image in ((inputs[0].detach() + 1) * 127.5).round().byte().cpu().numpy():
+        os.write(SHOWN, f"{kind} {sha256(image.tobytes()).hexdigest()}\n".encode())
+
+
 noted("train", train_pets=1, valid_pets=2)
 noted("evaluate", pets=1)
+register_module_forward_pre_hook(note_images)
 with suppress(Exception):  # what is wrong with the net, its own tests tell
-    from grading.notebook import PARAMETERS
-    from support.trace import names_in_use
-
-    net = petseg_utils.UNet(PARAMETERS["BASE_CHANNELS"], PARAMETERS["DEPTH"])
+    net = petseg_utils.UNet(grader.PARAMETERS["BASE_CHANNELS"], grader.PARAMETERS["DEPTH"])
     (HERE / "names.json").write_text(json.dumps(names_in_use(net)), encoding="utf-8")

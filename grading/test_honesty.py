@@ -8,40 +8,33 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-import pytest
 import torch
 
 import petseg_utils as pets
 from grading import honesty
+from grading.notebook import PARAMETERS, RUN
 
 STORED = Path(os.environ.get("GRADED_STORED", "."))
-DRAWN = Path(os.environ.get("GRADED_RUN", ".")) / honesty.PICTURES
+GRADED = Path(os.environ.get("GRADED_RUN", "."))
+DATASET = GRADED / honesty.PICTURES
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> list[Path]:
-    """Return the weights by true and by turned labels of the test images."""
-    folder = tmp_path_factory.mktemp("honest")
-    pictures = DRAWN if DRAWN.exists() else pets.draw_sample_pets(folder)
-    paths = [honesty.run(STORED, pictures, folder / str(t), t) for t in (False, True)]
-    assert all(path.exists() for path in paths), "expected the file weights.pt, found none"
-    return paths
-
-
-def test_test_images_decide_nothing(weights):
-    true, other = (torch.load(path, weights_only=True) for path in weights)
+def test_test_images_decide_nothing(tmp_path):
+    first = GRADED / "runs" / RUN / "weights.pt"
+    assert first.exists(), "expected the file weights.pt, found none"
+    again = honesty.run_with_turned_labels(STORED, DATASET, tmp_path / "turned")
+    assert again.exists(), "expected the file weights.pt also of a second run, found none"
+    true, other = (torch.load(path, weights_only=True) for path in (first, again))
     same = all(torch.equal(true[name], other[name]) for name in true)
     assert same, "expected weights that don't depend on the test images, found others"
 
 
-def test_only_training_images_are_learned(weights):
-    folder = weights[0].parents[2]
-    dataset = folder / honesty.PICTURES
-    held = pets.hold_out(pets.read_split(dataset, "trainval"))[1]
-    lines = (folder / "shown.txt").read_text(encoding="utf-8").splitlines()
-    side = honesty.SMALL["IMAGE_SIZE"]
-    for split, names in (("test", pets.read_split(dataset, "test")), ("held-out", held)):
-        images = pets.load_pets(dataset, names, side).images
+def test_only_training_images_are_learned():
+    lines = (GRADED / "shown.txt").read_text(encoding="utf-8").splitlines()
+    assert lines, "expected a net that is shown images before the weights are saved, found none"
+    held = pets.hold_out(pets.read_split(DATASET, "trainval"))[1]
+    for split, names in (("test", pets.read_split(DATASET, "test")), ("held-out", held)):
+        images = pets.load_pets(DATASET, names, PARAMETERS["IMAGE_SIZE"]).images
         known = {sha256(image.numpy().tobytes()).hexdigest() for image in images}
         kinds = ("learned", "scored") if split == "test" else ("learned",)
         for kind in kinds:
