@@ -21,7 +21,7 @@ PARAMETERS = {  # all that say where, on what and what is scored; how to train i
     "DATASET": "sample",
     "IMAGE_SIZE": 32,
     "BASE_CHANNELS": 8,
-    "EPOCHS": 10,
+    "EPOCHS": 6,
     "RUN_NAME": RUN,
     "LIMIT": 0,
     "SCORE_SIZE": 0,
