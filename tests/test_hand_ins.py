@@ -147,7 +147,7 @@ def test_grader_sets_where_and_on_what_and_goes_on_after_a_cell_that_fails(stage
     write(staged, content, encoding="utf-8-sig")
     grader.execute(staged, [].append)
     assert [grader.printed(cell) for cell in criteria.executed()] == [
-        "", "", "sample cpu data 10\n", "42\n"
+        "", "", f"sample cpu data {grader.PARAMETERS['EPOCHS']}\n", "42\n"
     ]  # fmt: skip
     with pytest.raises(
         pytest.fail.Exception, match="AssertionError: assert x == 7 in code cell 2, "
