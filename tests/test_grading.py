@@ -117,7 +117,7 @@ def test_every_mutant_still_applies(source):
 def test_sample_of_the_mutants_is_judged_rightly():
     done = run("mutate", "--sample")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("\nok") > 20
+    assert done.stdout.count("\nok") > 15
 
 
 # ------------------------------------------------------------------- a class of hand-ins
