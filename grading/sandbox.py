@@ -26,7 +26,7 @@ MEMORY = 12 * 2**30  # of address space; PyTorch reserves more than it uses
 FILE_SIZE = 2**28
 SPACE = 2**30  # bytes in the folder that a job may write to, and as many in its /tmp
 PROCESSES = 1000  # threads included; without namespaces all of the user's count: four times as many
-NOBODY = 65534
+NOBODIES = 100_000  # from here on, numbers of users that nobody has
 REPORTS = 2**20  # bytes that a job may report
 GUARD = compile((Path(__file__).parent / "guard.py").read_text(encoding="utf-8"), "guard", "exec")
 TEMPORARY = Path(tempfile.gettempdir()).resolve()
@@ -106,12 +106,17 @@ def set_read_only(libc: ctypes.CDLL, folder: Path, wanted: bool, flags: int = 0)
 
 
 def leave_root() -> None:
-    """Become nobody, since Linux counts no process of root, but still reach root's files."""
+    """Become nobody, since Linux counts no process of root, but still reach root's files.
+
+    Each job is another nobody: Linux counts by user, and who forks without end hurts nobody else.
+    """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.prctl(KEEP_CAPABILITIES, 1)
         with suppress(OSError):  # in a namespace of users there is nobody else
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            own = NOBODIES + secrets.randbelow(NOBODIES)
+            os.setresuid(own, own, own)
+            os.environ["USER"] = "nobody"  # the system has no name for this number
         header, kept = struct.pack("Ii", CAPABILITIES, 0), 1 << FILES_OF_ALL
         # effective, permitted, inheritable
         libc.capset(header, struct.pack("6I", kept, kept, kept, 0, 0, 0))

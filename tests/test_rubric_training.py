@@ -420,7 +420,7 @@ def check_losses(drawn: Drawn, changes: dict) -> None:
             losses.append(loss_by_hand(step.logits, pets.masks[which], weight))
         found, expected = row["train_loss"], torch.stack(losses).mean().item()
         told = f"a loss of {expected:.4f} in epoch {epoch + 1} with {changes}"
-        assert found == pytest.approx(expected, rel=1e-3), f"expected {told}, found {found:.4f}"
+        assert found == pytest.approx(expected, rel=2e-5), f"expected {told}, found {found:.4f}"
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
@@ -753,14 +753,15 @@ def test_run_is_loaded_as_its_recipe_says(drawn, tmp_path, norms, skips):
     random = draw(f"run {norms} {skips}")
     width, depth = random.randint(2, 5), random.choice((2, 3))
     recipe = Recipe(BASE_CHANNELS=width, DEPTH=depth, NORMS=norms, SKIPS=skips)
-    model = UNet(width, depth, norms=norms, skips=skips)
+    model, image = UNet(width, depth, norms=norms, skips=skips), torch.randn(2, 3, 16, 16)
+    for _ in range(30):  # until what a norm gives is about 1, else nothing would reach the logits
+        model(image)
     save_weights(tmp_path / "weights.pt", model)
     matrices = torch.ones(len(drawn.valid_pets.names), 3, 3, dtype=torch.int64)
     history = [{"epoch": 1, "train_loss": 0.5}]
     said = {"parameters": recipe.model_dump()}
     save_run(tmp_path, said, history, {"valid": (drawn.valid_pets, matrices)})
     loaded, its = load_net(tmp_path)
-    image = torch.randn(2, 3, 16, 16)
     found, expected = (net.eval()(image) for net in (loaded, model))
     what = f"the net of NORMS={norms} and SKIPS={skips}"
     assert torch.allclose(found, expected, atol=0.02), f"expected {what} again, found another"
