@@ -140,14 +140,6 @@ def test_kept_weights_know_pets(oxford):
 # ------------------------------------------------------------------- the README
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "words"),
-    [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")],
-)
-def test_cut_never_rounds_up(value, digits, words):
-    assert cut(value, digits) == words
-
-
 def test_readme_quotes_the_kept_run():
     test, matrix = RUN["test"], torch.tensor(RUN["test"]["confusion_matrix"])
     majority = (matrix.sum(1).max() / matrix.sum()).item()  # right by guessing one class
