@@ -250,7 +250,7 @@ def run_jobs(jobs: list[Job], workers: int, seconds: float) -> dict[str, Outcome
         ready = [job for job in waiting if not job.after or job.after in outcomes]
         for job in ready[: workers - len(running)]:
             waiting.remove(job)
-            left = max(0.0, start + seconds * slowness() - time.monotonic())
+            left = max(0.0, seconds - (time.monotonic() - start) / slowness())
             running.append(Child(job._replace(seconds=min(job.seconds, left))))
         for child in list(running):
             outcome = child.poll()
