@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -45,7 +45,7 @@ from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid
 from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
 from support.safe_files import read_names, write_atomically
 from support.sample_pets import draw_sample_pets
-from support.trace import Operation, Planned, first_fault, line_up, trace_shapes
+from support.trace import Operation, Planned, Step, faults, line_up, trace_shapes
 
 # What notebooks and experiments use: the module's own, and what rooms below it offer.
 # fmt: off
@@ -56,8 +56,8 @@ __all__ = [
     "confusion_matrix", "conv_plus_conv", "costs", "count_steps", "diagnose",
     "draw_sample_pets", "epochs", "evaluate", "files_of", "find_dataset", "hold_out",
     "html_table", "identify", "keep_freed_memory", "load_net", "load_pets", "load_weights",
-    "open_image", "open_run", "operations_of", "pick_device", "pick_precision", "plan",
-    "plan_for", "plot_grid", "plot_unet", "predict", "prepare", "read_run", "read_split",
+    "open_image", "open_run", "pick_device", "pick_precision", "plan",
+    "plot_grid", "plot_unet", "predict", "prepare", "read_run", "read_split",
     "receptive_field", "recolour", "run_model", "save_run", "save_weights", "scores",
     "segmentation_loss", "to_input", "trace_shapes", "train", "train_epoch", "validate",
     "write_atomically",
@@ -399,72 +399,29 @@ class UNet(nn.Module):
 # ------------------------------------------------------------------------------------------- shapes
 
 
-class Step(NamedTuple):
-    """One step of a net's forward pass for one image; shapes are (channels, side)."""
+def plan(b: int, depth: int, num_classes: int) -> Iterator[Planned]:
+    """Yield every operation of the forward pass: its step, level, kind, kernel and channels."""
 
-    name: str
-    level: int  # 0 at the top; at level k the side is N / 2**k
-    formula: str  # in N, the image side, and b, the base channels
-    predicted: tuple[int, float] | None  # None: the net is no U-Net of this plan
-    traced: tuple[int, int] | None  # None: the forward pass did not get here, or went another way
-    parameters: int
-    flops: int  # of the convolutions, 2 per multiply-add; all else is under 1 %
-    receptive_field: int | None  # side in input pixels of what one output pixel can depend on
+    def block(step: str, level: int, channels: int) -> list[Planned]:  # a `conv_plus_conv`
+        return [Planned(step, level, "convolution", 3, channels)] * 2
 
-    @property
-    def agrees(self) -> bool:
-        """Whether the forward pass gave what the formula predicts."""
-        return self.traced == self.predicted
-
-    @property
-    def row(self) -> dict[str, object]:
-        """The step as a row for `html_table`; the output's KiB are those of float32."""
-        told = [f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "" for s in self[3:5]]
-        channels, side = self.predicted or self.traced or (0, 0)
-        return {
-            "step": self.name,
-            "formula": self.formula,
-            "predicted": told[0],
-            "traced": told[1] or "not reached",
-            "agree": "" if not self.predicted else "✓" if self.agrees else "✗",
-            "parameters": f"{self.parameters:,}",
-            "MFLOP": f"{self.flops / 1e6:,.1f}",
-            "output KiB": f"{4 * channels * side**2 / 1024:,.0f}",
-            "receptive field": self.receptive_field or "",
-        }
-
-
-def plan(b: int, depth: int, num_classes: int) -> Iterator[tuple[str, int, int, tuple[str, ...]]]:
-    """Yield name, level, output channels and operations of every step, in the pass's order."""
     for level in range(depth):
-        yield f"down{level + 1}", level, b * 2**level, ("conv3", "conv3")
-        yield f"pool{level + 1}", level + 1, b * 2**level, ("pool",)
-    yield "bottleneck", depth, b * 2 ** (depth - 1), ("conv3", "conv3")
+        yield from block(f"down{level + 1}", level, b * 2**level)
+        yield Planned(f"pool{level + 1}", level + 1, "pooling", 0, b * 2**level)
+    yield from block("bottleneck", depth, b * 2 ** (depth - 1))
     for level in reversed(range(depth)):
-        yield f"upsample{level + 1}", level, b * 2**level, ("upsample",)
-        yield f"concat{level + 1}", level, 2 * b * 2**level, ("cat",)
-        yield f"up{level + 1}", level, b * 2 ** max(level - 1, 0), ("conv3", "conv3")
-    yield "out", 0, num_classes, ("conv1",)
+        yield Planned(f"upsample{level + 1}", level, "upsampling", 0, b * 2**level)
+        yield Planned(f"concat{level + 1}", level, "concatenation", 0, 2 * b * 2**level)
+        yield from block(f"up{level + 1}", level, b * 2 ** max(level - 1, 0))
+    yield Planned("out", 0, "convolution", 1, num_classes)
 
 
-OPERATIONS = {  # the plan's: as the trace calls them, their kernel, what to say if one is missing
-    "conv3": ("convolution", 3, "{step} has too few convolutions: planned are two"),
-    "pool": ("pooling", 0, "no pooling on level {level}: the side isn't halved after {{before}}"),
-    "upsample": ("upsampling", 0, "no upsampling on level {level}: the side isn't doubled"),
-    "cat": ("concatenation", 0, "no concatenation on level {level}: the skip is missing"),
-    "conv1": ("convolution", 1, "no 1 x 1 convolution at the end, after {{before}}"),
-}
-CHANNELS = {  # why a step gives as many as it does
-    "down": "each level down doubles them, from b",
-    "bottleneck": "the bottleneck keeps them",
-    "concat": "the skip has as many as what was upsampled",
-    "up": "each level up halves them, down to b",
-    "out": "one for each class",
-}
-
-
-def plan_for(model: nn.Module, seen: list[Operation], stopped: str, given: dict) -> list[tuple]:
-    """Return the plan by the sizes that are given, or else the net's attributes, or as it looks."""
+def plan_and_trace(
+    model: nn.Module, side: int, given: dict
+) -> tuple[list[Planned], list[Operation], str]:
+    """Return the plan by the sizes that are given, or else the net's attributes, or as it looks;
+    and what `trace_shapes` does."""
+    seen, stopped = trace_shapes(model, side)
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     depth = sum(operation.kind == "pooling" for operation in seen)
     if stopped:  # perhaps on the way down: a level has four convolutions
@@ -472,37 +429,7 @@ def plan_for(model: nn.Module, seen: list[Operation], stopped: str, given: dict)
     first = convolutions[0].out_channels if convolutions else 1
     looks = {"base_channels": first, "depth": max(depth, 1), "num_classes": len(CLASSES)}
     own = {name: getattr(model, name) for name in looks if hasattr(model, name)}
-    return list(plan(*(looks | own | given).values()))
-
-
-def operations_of(steps: list[tuple], side: int) -> list[Planned]:
-    """Return the operations of the plan's steps, each with what to say where it isn't there."""
-    planned = []
-    for name, level, out, operations in steps:
-        step = name.rstrip("0123456789")
-        for number, operation in enumerate(operations, 1):
-            kind, kernel, missing = OPERATIONS[operation]
-            title = f"convolution {number} of {name}" if operation == "conv3" else name
-            missing = missing.format(step=name, level=name.removeprefix(step))
-            gives = (out, side / 2**level)
-            planned.append(Planned(title, kind, gives, kernel, missing, CHANNELS.get(step, "")))
-    return planned
-
-
-def costs(
-    operations: tuple[str, ...], channels: int, shape: tuple[int, float], norms: int
-) -> tuple[int, int]:
-    """Return parameters and FLOPs of a step that takes `channels` and gives `shape`."""
-    out, side = shape
-    parameters = flops = 0
-    for operation in operations:
-        if kernel := OPERATIONS[operation][1]:
-            weights = kernel**2 * channels * out
-            parameters += weights + out  # and a bias for every output channel
-            flops += int(2 * weights * side**2)
-        channels = out
-    # A BatchNorm has a scale and a shift for each channel.
-    return parameters + norms * 2 * out * ("conv3" in operations), flops
+    return list(plan(*(looks | own | given).values())), seen, stopped
 
 
 def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
@@ -511,36 +438,47 @@ def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
     `given` may say base_channels, depth and num_classes. A net that is no U-Net of this plan has
     its traced operations as steps, without a prediction.
     """
-    seen, stopped = trace_shapes(model, side)
-    rows = plan_for(model, seen, stopped, given)
-    outputs = line_up(operations_of(rows, side), seen, stopped)
+    planned, seen, stopped = plan_and_trace(model, side, given)
+    outputs = line_up(planned, seen, stopped)
     if outputs is None:
         return [
             Step(f"{one.kind} {i}", 0, "", None, one.gives, one.parameters, one.flops, None)
             for i, one in enumerate(seen, 1)
         ]
-    blocks = sum("conv3" in operations for *_, operations in rows)
+    blocks = sum(one.kernel == 3 for one in planned) / 2
     norms = round(sum(isinstance(part, nn.BatchNorm2d) for part in model.modules()) / blocks)
     steps: list[Step] = []
-    channels = 3  # that go into the next step
-    path: list[str] = []  # all operations from the image to here
-    for name, level, out, operations in rows:
-        shape = (out, side / 2**level)
-        own = outputs[len(path) : len(path) + len(operations)]
-        parted = (gives for gives in own if gives != shape)
-        traced = next(parted, own[-1] if len(own) == len(operations) else None)
-        path += operations
-        size = f"N/{2**level}" if level else "N"
-        multiple = out // rows[0][2]
-        times = str(out) if name == "out" else f"{multiple}b" if multiple > 1 else "b"
-        formula = f"{size} × {size} × {times}"
-        both = costs(operations, channels, shape, norms)
-        steps.append(Step(name, level, formula, shape, traced, *both, receptive_field(path)))
-        channels = out
+    channels, done = 3, 0  # that go into the next step, and operations before it
+    for name, operations in groupby(planned, key=lambda one: one.step):
+        *_, last = own = list(operations)
+        shape = last.gives(side)
+        found = outputs[done : done + len(own)]
+        parted = (gives for gives in found if gives != shape)
+        traced = next(parted, found[-1] if len(found) == len(own) else None)
+        done += len(own)
+        size = f"N/{2**last.level}" if last.level else "N"
+        multiple = f"{last.channels // planned[0].channels}b" if name != "out" else last.channels
+        formula = f"{size} × {size} × {'b' if multiple == '1b' else multiple}"
+        both = costs(own, channels, shape[1], norms)
+        field = receptive_field(planned[:done])
+        steps.append(Step(name, last.level, formula, shape, traced, *both, field))
+        channels = last.channels
     return steps
 
 
-def receptive_field(path: list[str]) -> int:
+def costs(step: list[Planned], channels: int, side: float, norms: int) -> tuple[int, int]:
+    """Return parameters and FLOPs of a step that takes `channels` and gives images of `side`."""
+    parameters = flops = 0
+    for operation in step:
+        weights = operation.kernel**2 * channels * operation.channels
+        flops += int(2 * weights * side**2)
+        channels = operation.channels
+        parameters += weights + channels * (weights > 0)  # and a bias for every output channel
+    # A BatchNorm has a scale and a shift for each channel.
+    return parameters + norms * 2 * channels * (step[0].kernel == 3), flops
+
+
+def receptive_field(path: list[Planned]) -> int:
     """Return the side, in input pixels, of what a pixel after the operations of `path` depends on.
 
     Counted from that pixel back to the image: a 3 x 3 convolution needs two pixels more in a row
@@ -549,8 +487,12 @@ def receptive_field(path: list[str]) -> int:
     """
     width = 1
     for operation in reversed(path):
-        before = {"conv3": width + 2, "pool": 2 * width, "upsample": width // 2 + 1}
-        width = before.get(operation, width)
+        if operation.kind == "convolution":
+            width += operation.kernel - 1
+        elif operation.kind == "pooling":
+            width *= 2
+        elif operation.kind == "upsampling":
+            width = width // 2 + 1
     return width
 
 
@@ -559,18 +501,8 @@ def diagnose(model: nn.Module, side: int, **given: int) -> str:
 
     `given` is that of `analyse_shapes`.
     """
-    seen, stopped = trace_shapes(model, side)
-    rows = plan_for(model, seen, stopped, given)
-    depth = max(level for _, level, *_ in rows)
-    halves = (side & -side).bit_length() - 1  # how often 2 divides the side
-    levels = [sum(one.kind == kind for one in seen) for kind in ("pooling", "upsampling")]
-    if halves < depth:
-        often = ["not even once", "once only", "twice only", f"{halves} times only"][min(halves, 3)]
-        return f"the sides part at level {halves + 1}: {side} can be halved {often}."
-    if levels[0] == levels[1] != depth and levels[0] and not stopped:
-        many = "many" if levels[0] > depth else "few"
-        return f"the net has {levels[0]} levels, planned are {depth}: too {many}."
-    return first_fault(operations_of(rows, side), seen, stopped)
+    first = next(faults(*plan_and_trace(model, side, given), side), "")
+    return first and f"{first}."
 
 
 # ------------------------------------------------------------------------------------------- scores

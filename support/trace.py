@@ -1,8 +1,9 @@
 """Note the operations of any net's forward pass and the shapes they make; hold them to a plan.
 
-A file of its own, since nothing here knows which net it is; `petseg_utils` passes it on.
+Which net it is, only the plan knows, which is given.
 """
 
+from collections.abc import Iterator
 from copy import deepcopy
 from difflib import SequenceMatcher
 from itertools import takewhile
@@ -42,14 +43,57 @@ class Operation(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """An operation that a plan expects, with what to say where it isn't as planned."""
+    """An operation that a plan expects."""
+
+    step: str  # that it is part of, like "down1"
+    level: int  # how often the side of the image is halved
+    kind: str  # a value of KINDS
+    kernel: int  # 0 for an operation without weights
+    channels: int  # that it gives
+
+    @property
+    def kind_of_step(self) -> str:
+        """The step's name without the number of its level."""
+        return self.step.rstrip("0123456789")
+
+    def gives(self, side: int) -> tuple[int, float]:
+        """Return (channels, side) of what it gives for an image of `side` pixels."""
+        return self.channels, side / 2**self.level
+
+
+class Step(NamedTuple):
+    """One step of a net's forward pass for one image; shapes are (channels, side)."""
 
     name: str
-    kind: str  # a value of KINDS
-    gives: tuple[int, float]  # (channels, side)
-    kernel: int  # of a convolution
-    missing: str  # the sentence for another kind of operation in its place
-    rule: str  # how many channels it gives, and why
+    level: int  # 0 at the top; at level k the side is N / 2**k
+    formula: str  # in N, the image side, and b, the base channels
+    predicted: tuple[int, float] | None  # None: the net is no U-Net of this plan
+    traced: tuple[int, int] | None  # None: the forward pass did not get here, or went another way
+    parameters: int
+    flops: int  # of the convolutions, 2 per multiply-add; all else is under 1 %
+    receptive_field: int | None  # side in input pixels of what one output pixel can depend on
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the forward pass gave what the formula predicts."""
+        return self.traced == self.predicted
+
+    @property
+    def row(self) -> dict[str, object]:
+        """The step as a row for `html_table`; the output's KiB are those of float32."""
+        told = [f"{s[1]:g} × {s[1]:g} × {s[0]}" if s else "" for s in self[3:5]]
+        channels, side = self.predicted or self.traced or (0, 0)
+        return {
+            "step": self.name,
+            "formula": self.formula,
+            "predicted": told[0],
+            "traced": told[1] or "not reached",
+            "agree": "" if not self.predicted else "✓" if self.agrees else "✗",
+            "parameters": f"{self.parameters:,}",
+            "MFLOP": f"{self.flops / 1e6:,.1f}",
+            "output KiB": f"{4 * channels * side**2 / 1024:,.0f}",
+            "receptive field": self.receptive_field or "",
+        }
 
 
 # ---------------------------------------------------------------------------------------- the trace
@@ -139,6 +183,20 @@ def names_in_use(model: nn.Module) -> list[str]:
 
 # --------------------------------------------------------------------------------------- the doctor
 
+FEW = "{step} has too few convolutions: planned are two"
+STEPS = {  # by a step's name: what to say if an operation of it is missing, and why its channels
+    "down": (FEW, "each level down doubles them, from b"),
+    "pool": ("no pooling on level {level}: the side isn't halved after {before}", ""),
+    "bottleneck": (FEW, "the bottleneck keeps them"),
+    "upsample": ("no upsampling on level {level}: the side isn't doubled", ""),
+    "concat": (
+        "no concatenation on level {level}: the skip is missing",
+        "the skip has as many as what was upsampled",
+    ),
+    "up": (FEW, "each level up halves them, down to b"),
+    "out": ("no 1 x 1 convolution at the end, after {before}", "one for each class"),
+}
+
 
 def fits(planned: Planned, seen: Operation) -> bool:
     """Whether an operation does the planned one's work, if perhaps in another way."""
@@ -160,76 +218,96 @@ def line_up(
     return [one.gives for _, one in alike]
 
 
-def first_fault(plan: list[Planned], seen: list[Operation], stopped: str) -> str:
-    """Say in a sentence where a pass first parts from the plan, and why; "" if it doesn't."""
+def faults(plan: list[Planned], seen: list[Operation], stopped: str, side: int) -> Iterator[str]:
+    """Yield where a pass parts from the plan, and why; all after the first may follow from it."""
+    yield from faults_of_levels(plan, seen, stopped, side)
     if line_up(plan, seen, stopped) is None:
-        return "the net is too unlike the plan to be compared with it: look at its trace."
-    before = "the image"
+        yield "the net is too unlike the plan to be compared with it: look at its trace"
+    before, unknown = "the image", f"{UNKNOWN} ({stopped})"
     for index, planned in enumerate(plan):
         here = seen[index : index + 2]
+        first = planned.step != plan[index - 1].step
+        name = f"convolution {2 - first} of {planned.step}" if planned.kernel == 3 else planned.step
         if here and fits(planned, here[0]):
-            after_concatenation = index > 0 and seen[index - 1].kind == "concatenation"
-            told = fault(planned, here[0], stopped, after_concatenation)
+            after = seen[index - 1].kind if index else ""
+            yield from faults_of_operation(name, planned, here[0], after, side)
+            if not here[0].gives:
+                yield f"the pass stops at {name}, and {unknown}"
         elif not here and stopped:
-            told = f"the pass stops after {before}, and {UNKNOWN} ({stopped})"
+            yield f"the pass stops after {before}, and {unknown}"
         elif here[1:] and fits(planned, here[1]) and planned.kind != plan[index - 1].kind:
-            told = f"one {here[0].kind} too many after {before}"
+            yield f"one {here[0].kind} too many after {before}"
         else:
-            told = planned.missing.format(before=before)
-        if told:
-            return f"{told}."
-        before = planned.name
+            missing, _ = STEPS[planned.kind_of_step]
+            level = planned.step.removeprefix(planned.kind_of_step)
+            yield missing.format(step=planned.step, level=level, before=before)
+        before = name
     if seen[len(plan) :]:
-        return f"one {seen[len(plan)].kind} too many after {before}."
-    return f"the pass stops after {before}, and {UNKNOWN} ({stopped})." if stopped else ""
+        yield f"one {seen[len(plan)].kind} too many after {before}"
+    if stopped:
+        yield f"the pass stops after {before}, and {unknown}"
 
 
-def fault(planned: Planned, seen: Operation, stopped: str, after_concatenation: bool) -> str:
-    """Say what is wrong with an operation that is there as planned; "" if nothing is."""
-    name, (channels, side) = planned.name, planned.gives
+def faults_of_levels(
+    plan: list[Planned], seen: list[Operation], stopped: str, side: int
+) -> Iterator[str]:
+    """Yield what is wrong with how often the side is halved."""
+    depth = max(planned.level for planned in plan)
+    halves = (side & -side).bit_length() - 1  # how often 2 divides the side
+    if halves < depth:
+        often = ["not even once", "once only", "twice only", f"{halves} times only"][min(halves, 3)]
+        yield f"the sides part at level {halves + 1}: {side} can be halved {often}"
+    levels, ups = (sum(one.kind == kind for one in seen) for kind in ("pooling", "upsampling"))
+    if levels == ups != depth and levels and not stopped:
+        many = "many" if levels > depth else "few"
+        yield f"the net has {levels} levels, planned are {depth}: too {many}"
+
+
+def faults_of_operation(
+    name: str, planned: Planned, seen: Operation, after: str, image_side: int
+) -> Iterator[str]:
+    """Yield what is wrong with an operation that is there as planned, `after` that kind."""
+    channels, side = planned.gives(image_side)
     if seen.kind != planned.kind:
         change = f"from {seen.given[0][0]} to {seen.gives[0]} channels" if seen.gives else ""
-        return f"{name} is a {seen.kind} {change}: planned is {planned.kind}, without weights"
+        yield f"{name} is a {seen.kind} {change}: planned is {planned.kind}, without weights"
     if seen.kind == "convolution":
-        told = fault_of_convolution(planned, seen, after_concatenation)
-    else:
-        told = fault_of_concatenation(planned, seen)
-    if told or seen.gives == planned.gives:
-        return told
-    if not seen.gives:
-        return f"the pass stops at {name}, and {UNKNOWN} ({stopped})"
-    if seen.gives[0] != channels:
-        return f"{name} gives {seen.gives[0]} channels, planned are {channels}: {planned.rule}"
-    return f"{name} gives the side {seen.gives[1]}, planned is {side:g}: a factor of 2 is right"
+        yield from faults_of_convolution(name, planned, seen, after)
+    if seen.kind == "concatenation":
+        yield from faults_of_concatenation(name, seen, side)
+    if seen.gives and seen.gives[0] != channels:
+        _, why = STEPS[planned.kind_of_step]
+        yield f"{name} gives {seen.gives[0]} channels, planned are {channels}: {why}"
+    if seen.gives and seen.gives[1] != side:
+        yield f"{name} gives the side {seen.gives[1]}, planned is {side:g}: a factor of 2 is right"
 
 
-def fault_of_convolution(planned: Planned, seen: Operation, after_concatenation: bool) -> str:
-    """Say what is wrong with a convolution, beside how many channels it gives."""
-    name, (has, side) = planned.name, seen.given[0]
+def faults_of_convolution(
+    name: str, planned: Planned, seen: Operation, after: str
+) -> Iterator[str]:
+    """Yield what is wrong with a convolution, beside how many channels it gives."""
+    has, side = seen.given[0]
     if seen.takes != has:
+        doubled = has == 2 * seen.takes
+        why = ": the concatenation doubles them" if doubled else ": it may be of another level"
         told = f"{name} takes {seen.takes} channels, but what it is given has {has}"
-        if not after_concatenation:
-            return told
-        doubled = "the concatenation doubles them"
-        return f"{told}: {doubled if has == 2 * seen.takes else 'it may be of another level'}"
+        yield told + why * (after == "concatenation")
     if seen.kernel != planned.kernel:
         is_, right = (f"{size} x {size}" for size in (seen.kernel, planned.kernel))
-        return f"{name} is {is_}, planned is {right}"
+        yield f"{name} is {is_}, planned is {right}"
     if seen.stride > 1:
-        return f"{name} has a stride of {seen.stride}: only pooling halves the side"
+        yield f"{name} has a stride of {seen.stride}: only pooling halves the side"
     if seen.gives and seen.gives[1] != side:
         change = f"makes the side {seen.gives[1]} of {side}"
-        return f"{name} {change}: with padding={planned.kernel // 2} it stays"
-    return ""
+        yield f"{name} {change}: with padding={planned.kernel // 2} it stays"
 
 
-def fault_of_concatenation(planned: Planned, seen: Operation) -> str:
-    """Say what is wrong with a concatenation, beside how many channels it gives."""
+def faults_of_concatenation(name: str, seen: Operation, planned_side: float) -> Iterator[str]:
+    """Yield what is wrong with a concatenation, beside how many channels it gives."""
     sides = [side for _, side in seen.given]
     if seen.dim != 1:
-        return f"{planned.name} joins on dim {seen.dim}: the channels are dim 1"
+        yield f"{name} joins on dim {seen.dim}: the channels are dim 1"
     if len(set(sides)) > 1:
-        told = f"{planned.name} is given the sides {' and '.join(map(str, sides))}"
-        late = "from after the pooling" if 2 * min(sides) == planned.gives[1] else "another level's"
-        return f"{told}: the skip is {late}"
-    return ""
+        told = f"{name} is given the sides {' and '.join(map(str, sides))}"
+        late = "from after the pooling" if 2 * min(sides) == planned_side else "another level's"
+        yield f"{told}: the skip is {late}"
