@@ -7,7 +7,6 @@ classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each a
 """
 
 import math
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -25,42 +24,54 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
-from torchvision.datasets import OxfordIIITPet
 from tqdm import tqdm
 
 # Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
-from support.checkpoints import load_checkpoint, save_checkpoint, set_aside, undone_if_stopped
-from support.images import check_pairs, open_image, open_pair
+from support.checkpoints import (
+    identify,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside,
+    undone_if_stopped,
+)
+from support.dataset import (
+    check_pairs,
+    check_there,
+    find_dataset,
+    open_image,
+    open_pair,
+    read_apart,
+)
 from support.machine import (
-    check_memory,
+    check_run,
+    count_steps,
     keep_freed_memory,
     memory_told,
     pick_device,
     pick_precision,
+    prepare,
     usable_cpus,
 )
 from support.muon import Muon
-from support.parameters import InputError, Parameters, brief, check_folder_name, param, reason
+from support.parameters import InputError, Parameters, brief, check_folder_name, param
 from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet
 from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
-from support.safe_files import read_names, write_atomically
+from support.safe_files import write_atomically
 from support.sample_pets import draw_sample_pets
 from support.trace import Operation, Planned, Step, faults, line_up, trace_shapes
 
-# What notebooks and experiments use: the module's own, and what rooms below it offer.
+# What notebooks, experiments and tests use: the module's own, and what rooms below it offer.
 # fmt: off
 __all__ = [
     "CLASSES", "COLORS", "GREEN", "IGNORE", "IMAGE_FILE", "RED", "ROOT", "TRIMAP_FILE",
     "InputError", "Muon", "Parameters", "Pets", "Recipe", "Step", "Training", "UNet",
     "analyse_shapes", "augment", "breed_of", "check_run", "check_side", "colorize",
-    "confusion_matrix", "conv_plus_conv", "costs", "count_steps", "diagnose",
-    "draw_sample_pets", "epochs", "evaluate", "files_of", "find_dataset", "hold_out",
-    "html_table", "identify", "keep_freed_memory", "load_net", "load_pets", "load_weights",
-    "open_image", "open_run", "pick_device", "pick_precision", "plan",
-    "plot_grid", "plot_unet", "predict", "prepare", "read_run", "read_split",
-    "receptive_field", "recolour", "run_model", "save_run", "save_weights", "scores",
-    "segmentation_loss", "to_input", "trace_shapes", "train", "train_epoch", "validate",
-    "write_atomically",
+    "confusion_matrix", "conv_plus_conv", "count_steps", "diagnose", "draw_sample_pets",
+    "epochs", "evaluate", "find_dataset", "hold_out", "html_table", "keep_freed_memory",
+    "load_net", "load_pets", "load_weights", "open_image", "open_run", "pick_device",
+    "pick_precision", "plan", "plot_grid", "plot_unet", "predict", "read_run", "read_split",
+    "run_model", "save_run", "save_weights", "scores", "segmentation_loss", "to_input",
+    "trace_shapes", "train", "train_epoch", "validate", "write_atomically",
 ]
 # fmt: on
 
@@ -142,16 +153,12 @@ class Recipe(Parameters):
     @property
     def small_sides(self) -> list[int]:
         """The side of each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
-        sides = []
-        for part in self.SMALL_EPOCHS.split(", ") if self.SMALL_EPOCHS else []:
-            found = re.fullmatch(r"([1-9]\d{0,2}) at ([1-9]\d{0,3})", part)
-            if not found:
-                wanted = 'like "2 at 64, 3 at 128"'
-                raise InputError(
-                    f"SMALL_EPOCHS should be {wanted}, not {brief(self.SMALL_EPOCHS)}."
-                )
-            sides += [int(found[2])] * int(found[1])
-        return sides
+        part = r"([1-9]\d{0,2}) at ([1-9]\d{0,3})"
+        if not re.fullmatch(f"({part}(, (?!$)|$))*", self.SMALL_EPOCHS):
+            like, given = 'like "2 at 64, 3 at 128"', brief(self.SMALL_EPOCHS)
+            raise InputError(f"SMALL_EPOCHS should be {like}, not {given}.")
+        parts = re.findall(part, self.SMALL_EPOCHS)
+        return [int(side) for count, side in parts for _ in range(int(count))]
 
 
 def check_side(side: int, depth: int) -> None:
@@ -188,26 +195,6 @@ def files_of(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / IMAGE_FILE.format(name), folder / TRIMAP_FILE.format(name)
 
 
-def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
-    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB).
-
-    Errors: `InputError`.
-    """
-    folder = ROOT / Path(data_dir).expanduser() / "oxford-iiit-pet"
-    if download:
-        try:
-            OxfordIIITPet(folder.parent, download=True)
-        except Exception as error:  # of the network, the archive or the disk
-            archives = "images.tar.gz and annotations.tar.gz"
-            by_hand = f"unpack {archives} from www.robots.ox.ac.uk/~vgg/data/pets there"
-            what = f"check the network and try again, or {by_hand}"
-            raise InputError(f"downloading {folder} failed ({reason(error)}): {what}.") from None
-    if not os.path.isdir(folder):
-        what = "set DATA_DIR to the folder that holds it, or DOWNLOAD"
-        raise InputError(f"there is no dataset at {folder}: {what}.")
-    return folder.resolve()
-
-
 def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[str]:
     """Return the image names of a split ('trainval' or 'test'), sorted: all, or `limit` drawn.
 
@@ -215,24 +202,10 @@ def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[
     Errors: `InputError` for a split file without names, a name that the other split has, too,
     and a name without image or trimap.
     """
-    path = folder / "annotations" / f"{split}.txt"
-    names = read_names(path) if path.is_file() else {}
-    if not names:
-        what = "is missing or names no images: extract the dataset's annotations again"
-        raise InputError(f"{path} {what}.")
-    other = path.with_name("test.txt" if split == "trainval" else "trainval.txt")
-    others = read_names(other) if other.is_file() else {}
-    for name in names.keys() & others.keys():
-        lines = f"{path} has in line {names[name]} what {other} has in line {others[name]}"
-        what = "an image must not be in two splits, so remove one line"
-        raise InputError(f"{lines}, {name}: {what}.")
-    kinds = (IMAGE_FILE, TRIMAP_FILE)
-    files = {kind.format(name): line for name, line in names.items() for kind in kinds}
-    missing = [file for file in files if not os.path.isfile(folder / file)]
-    if missing:
-        first = f"{missing[0]} of line {files[missing[0]]}"
-        what = f"names {len(missing)} files that are not there, first {first}: extract them"
-        raise InputError(f"{path} {what}.")
+    other = "test" if split == "trainval" else "trainval"
+    path, others = (folder / "annotations" / f"{name}.txt" for name in (split, other))
+    names = read_apart(path, others)
+    check_there(path, names, folder, (IMAGE_FILE, TRIMAP_FILE))
     drawn = np.random.default_rng(seed).permutation(list(names)).tolist()
     return sorted(drawn[: limit or None])
 
@@ -509,21 +482,19 @@ def diagnose(model: nn.Module, side: int, **given: int) -> str:
 
 
 def confusion_matrix(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Count pixels by class: (K, K) int64, rows the truth and columns the prediction. Pixels
-    `IGNORE` don't count.
+    """Count pixels by class: (K, K) int64, rows the truth and columns the prediction.
 
-    Both tensors hold uint8 labels in the same shape, of one image or of many.
+    Both tensors hold uint8 labels in the same shape, of one image or of many. Pixels `IGNORE`
+    don't count.
     """
     known = truth != IGNORE
-    pairs = (
-        truth[known] * len(CLASSES) + predicted[known]
-    )  # 0 to 8 fits uint8, and spares large int64 copies
+    # From 0 to 8: fits uint8, and spares large int64 copies.
+    pairs = truth[known] * len(CLASSES) + predicted[known]
     return torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), len(CLASSES))
 
 
 def scores(matrix: Tensor) -> dict:
-    """Derive every score from one confusion matrix, so that every pixel weighs the same, whatever
-    batch it was in.
+    """Derive every score from one confusion matrix: each pixel weighs the same, whatever its batch.
 
     `pixel_accuracy` is the share of the diagonal; per class, with true positives TP, false
     positives FP and false negatives FN, `iou` is TP / (TP + FP + FN) and `dice` is 2 TP / (2 TP +
@@ -780,9 +751,8 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
         bar.update()
     mean = torch.stack(losses).mean().item()
     if not math.isfinite(mean):
-        raise InputError(
-            "the loss is no longer a number: make LEARNING_RATE smaller and train again."
-        )
+        what = "make LEARNING_RATE smaller and train again"
+        raise InputError(f"the loss is no longer a number: {what}.")
     return mean
 
 
@@ -802,44 +772,3 @@ def validate(
         update_bn((to_input(batch, device) for batch in batches), model)
     result = scores(evaluate(model, valid_pets, precision).sum(0))
     return result["pixel_accuracy"], result["mean_iou"]
-
-
-def prepare(model: nn.Module, recipe: Recipe) -> None:
-    """Lay the model out in memory as training is fastest, and keep what is freed."""
-    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
-    # bfloat16 units want the channels of a pixel side by side; float32 on AVX2 is faster without.
-    fast = torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format
-    model.to(memory_format=fast)
-    keep_freed_memory()
-
-
-def count_steps(images: int, batch_size: int) -> int:
-    """Return how many full batches an epoch has. Errors: `InputError` if it has none."""
-    if images < batch_size:
-        few = f"{images} training images don't fill one batch of {batch_size}"
-        raise InputError(f"{few}: make BATCH_SIZE smaller.")
-    return images // batch_size
-
-
-def check_run(recipe: Recipe, **names: list[str]) -> None:
-    """Raise `InputError` for a split without images, less than a batch, or too little memory."""
-    for split, images in names.items():
-        if not images:
-            breeds = "validation needs breeds that have two images in trainval.txt"
-            raise InputError(
-                f"there are no {split} images: {breeds if split == 'valid' else 'add some'}."
-            )
-    count_steps(len(names["train"]), recipe.BATCH_SIZE)
-    check_memory(recipe, {split: len(images) for split, images in names.items()})
-
-
-def identify(model: nn.Module, train_pets: Pets, valid_pets: Pets, recipe: Recipe) -> dict:
-    """Return all that a training depends on, to tell whether a checkpoint belongs to it."""
-    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
-    return {
-        **recipe.model_dump(exclude=Recipe.PLACES | {"FLIP"}),  # FLIP only changes the scoring
-        "PRECISION": str(precision).removeprefix("torch."),
-        "images": list(train_pets.images.shape),
-        "sum of labels": int(train_pets.masks.sum()),  # of other images of the same shape, another
-        "validation masks": list(valid_pets.masks.shape),
-    }

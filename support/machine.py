@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from support.parameters import InputError
 
@@ -100,6 +101,15 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back what is free at the end of the heap
+
+
+def prepare(model: nn.Module, recipe: BaseModel) -> None:
+    """Lay the model out in memory as training is fastest, and keep what is freed."""
+    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
+    # bfloat16 units want the channels of a pixel side by side; float32 on AVX2 is faster without.
+    fast = torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format
+    model.to(memory_format=fast)
+    keep_freed_memory()
 
 
 def layers(recipe: BaseModel) -> Iterator[tuple[int, int, int]]:
@@ -195,3 +205,23 @@ def check_memory(recipe: BaseModel, images: dict[str, int]) -> None:
             break
     told = f"this run needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     raise InputError(f"{told}: {fits}.")
+
+
+def check_run(recipe: BaseModel, **names: list[str]) -> None:
+    """Raise `InputError` for a split without images, less than a batch, or too little memory."""
+    for split, images in names.items():
+        if not images:
+            breeds = "validation needs breeds that have two images in trainval.txt"
+            raise InputError(
+                f"there are no {split} images: {breeds if split == 'valid' else 'add some'}."
+            )
+    count_steps(len(names["train"]), recipe.BATCH_SIZE)
+    check_memory(recipe, {split: len(images) for split, images in names.items()})
+
+
+def count_steps(images: int, batch_size: int) -> int:
+    """Return how many full batches an epoch has. Errors: `InputError` if it has none."""
+    if images < batch_size:
+        few = f"{images} training images don't fill one batch of {batch_size}"
+        raise InputError(f"{few}: make BATCH_SIZE smaller.")
+    return images // batch_size

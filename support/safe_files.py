@@ -1,4 +1,4 @@
-"""Write files that survive a crash, read damaged ones, and keep a folder to one process.
+"""Write files that survive a crash, and keep a folder to one process.
 
 A file of its own, since nothing here is about segmentation; `petseg_utils` passes on what the
 notebooks use. Nothing else in this project writes a result. (Tensors have `tensor_files`, so that
@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from support.parameters import InputError, brief, reason
+from support.parameters import InputError, reason
 
 
 def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
@@ -70,44 +69,6 @@ def git_name(path: Path) -> str:
     """Return git's name of a file's content, which `git log --find-object=NAME` finds."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def read_text(path: Path) -> str:
-    """Return a text in UTF-8, in UTF-16 with its mark, or else in Latin-1. Errors: `InputError`."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({reason(error)}): put it there again.") from None
-    if data[:2] == b"\x1f\x8b":
-        raise InputError(f"{path} is compressed with gzip from its line 1 on: unpack it.")
-    marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    for encoding in ["utf-16"] if marked else ["utf-8-sig", "latin-1"]:
-        with suppress(UnicodeDecodeError):
-            return data.decode(encoding)
-    raise InputError(f"{path} is no text from its line 1 on: save it again, in UTF-8.")
-
-
-def read_names(path: Path) -> dict[str, int]:
-    """Return the names of files that a text lists, one a line, each with its line's number.
-
-    A line may have up to three numbers after the name; what begins with # is a comment. Errors:
-    `InputError` for a name twice, and for what can't be part of a file's name here, or would lead
-    to another folder.
-    """
-    names: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name = re.fullmatch(r"(.+?)(\s+\d+){0,3}", line)[1]
-        if not re.fullmatch(r"\w[\w .+-]*", name) or len(name.encode()) > 250:
-            what = f"{brief(name)}, which is no name of an image: correct it"
-            raise InputError(f"{path} has in line {number} {what}.")
-        if name in names:
-            lines = f"in lines {names[name]} and {number}"
-            raise InputError(f"{path} has {name} twice, {lines}: remove one.")
-        names[name] = number
-    return names
 
 
 PATIENCE = 10  # seconds that a lock waits for a process that may be about to end

@@ -1245,7 +1245,7 @@ def limit_memory(more: int) -> None:
 @pytest.mark.parametrize("what", ["train", "evaluate", "load"])
 def test_memory_that_runs_out_is_told(what, intact, monkeypatch):
     monkeypatch.setattr(
-        pets, "check_memory", lambda *arguments: None
+        machine, "check_memory", lambda *arguments: None
     )  # as if the forecast had been too low
     side, names = 512, pets.read_split(intact, "test") * 500
     images, masks = (
