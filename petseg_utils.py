@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import chain, groupby, repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -27,21 +27,8 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 # Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
-from support.checkpoints import (
-    identify,
-    load_checkpoint,
-    save_checkpoint,
-    set_aside,
-    undone_if_stopped,
-)
-from support.dataset import (
-    check_pairs,
-    check_there,
-    find_dataset,
-    open_image,
-    open_pair,
-    read_apart,
-)
+from support.checkpoints import identify, resume, save_checkpoint, undone_if_stopped
+from support.dataset import check_pairs, find_dataset, open_image, open_pair, read_listed
 from support.machine import (
     check_run,
     count_steps,
@@ -58,7 +45,8 @@ from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid
 from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
 from support.safe_files import write_atomically
 from support.sample_pets import draw_sample_pets
-from support.trace import Operation, Planned, Step, faults, line_up, trace_shapes
+from support.shapes import Planned, Step, compare, first_fault
+from support.trace import Trace, sizes_of, trace_shapes
 
 # What notebooks, experiments and tests use: the module's own, and what rooms below it offer.
 # fmt: off
@@ -202,11 +190,8 @@ def read_split(folder: Path, split: str, limit: int = 0, seed: int = 0) -> list[
     Errors: `InputError` for a split file without names, a name that the other split has, too,
     and a name without image or trimap.
     """
-    other = "test" if split == "trainval" else "trainval"
-    path, others = (folder / "annotations" / f"{name}.txt" for name in (split, other))
-    names = read_apart(path, others)
-    check_there(path, names, folder, (IMAGE_FILE, TRIMAP_FILE))
-    drawn = np.random.default_rng(seed).permutation(list(names)).tolist()
+    names = read_listed(folder, split, (IMAGE_FILE, TRIMAP_FILE))
+    drawn = np.random.default_rng(seed).permutation(names).tolist()
     return sorted(drawn[: limit or None])
 
 
@@ -372,37 +357,31 @@ class UNet(nn.Module):
 # ------------------------------------------------------------------------------------------- shapes
 
 
-def plan(b: int, depth: int, num_classes: int) -> Iterator[Planned]:
-    """Yield every operation of the forward pass: its step, level, kind, kernel and channels."""
+def plan(side: int, b: int, depth: int, num_classes: int) -> Iterator[Planned]:
+    """Yield every operation of the forward pass: step, level, kind, kernel and what it gives."""
+
+    def planned(step: str, level: int, kind: str, channels: int, kernel: int = 0) -> Planned:
+        return Planned(step, level, kind, kernel, (channels, side / 2**level))
 
     def block(step: str, level: int, channels: int) -> list[Planned]:  # a `conv_plus_conv`
-        return [Planned(step, level, "convolution", 3, channels)] * 2
+        return [planned(step, level, "convolution", channels, kernel=3)] * 2
 
     for level in range(depth):
         yield from block(f"down{level + 1}", level, b * 2**level)
-        yield Planned(f"pool{level + 1}", level + 1, "pooling", 0, b * 2**level)
+        yield planned(f"pool{level + 1}", level + 1, "pooling", b * 2**level)
     yield from block("bottleneck", depth, b * 2 ** (depth - 1))
     for level in reversed(range(depth)):
-        yield Planned(f"upsample{level + 1}", level, "upsampling", 0, b * 2**level)
-        yield Planned(f"concat{level + 1}", level, "concatenation", 0, 2 * b * 2**level)
+        yield planned(f"upsample{level + 1}", level, "upsampling", b * 2**level)
+        yield planned(f"concat{level + 1}", level, "concatenation", 2 * b * 2**level)
         yield from block(f"up{level + 1}", level, b * 2 ** max(level - 1, 0))
-    yield Planned("out", 0, "convolution", 1, num_classes)
+    yield planned("out", 0, "convolution", num_classes, kernel=1)
 
 
-def plan_and_trace(
-    model: nn.Module, side: int, given: dict
-) -> tuple[list[Planned], list[Operation], str]:
-    """Return the plan by the sizes that are given, or else the net's attributes, or as it looks;
-    and what `trace_shapes` does."""
-    seen, stopped = trace_shapes(model, side)
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    depth = sum(operation.kind == "pooling" for operation in seen)
-    if stopped:  # perhaps on the way down: a level has four convolutions
-        depth = round((len(convolutions) - 3) / 4)
-    first = convolutions[0].out_channels if convolutions else 1
-    looks = {"base_channels": first, "depth": max(depth, 1), "num_classes": len(CLASSES)}
+def plan_for(model: nn.Module, side: int, traced: Trace, given: dict[str, int]) -> list[Planned]:
+    """Return the plan by the sizes that are given, or else the net's attributes, or as it looks."""
+    looks = {**sizes_of(model, traced), "num_classes": len(CLASSES)}
     own = {name: getattr(model, name) for name in looks if hasattr(model, name)}
-    return list(plan(*(looks | own | given).values())), seen, stopped
+    return list(plan(side, *(looks | own | given).values()))
 
 
 def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
@@ -411,62 +390,9 @@ def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
     `given` may say base_channels, depth and num_classes. A net that is no U-Net of this plan has
     its traced operations as steps, without a prediction.
     """
-    planned, seen, stopped = plan_and_trace(model, side, given)
-    outputs = line_up(planned, seen, stopped)
-    if outputs is None:
-        return [
-            Step(f"{one.kind} {i}", 0, "", None, one.gives, one.parameters, one.flops, None)
-            for i, one in enumerate(seen, 1)
-        ]
-    blocks = sum(one.kernel == 3 for one in planned) / 2
-    norms = round(sum(isinstance(part, nn.BatchNorm2d) for part in model.modules()) / blocks)
-    steps: list[Step] = []
-    channels, done = 3, 0  # that go into the next step, and operations before it
-    for name, operations in groupby(planned, key=lambda one: one.step):
-        *_, last = own = list(operations)
-        shape = last.gives(side)
-        found = outputs[done : done + len(own)]
-        parted = (gives for gives in found if gives != shape)
-        traced = next(parted, found[-1] if len(found) == len(own) else None)
-        done += len(own)
-        size = f"N/{2**last.level}" if last.level else "N"
-        multiple = f"{last.channels // planned[0].channels}b" if name != "out" else last.channels
-        formula = f"{size} × {size} × {'b' if multiple == '1b' else multiple}"
-        both = costs(own, channels, shape[1], norms)
-        field = receptive_field(planned[:done])
-        steps.append(Step(name, last.level, formula, shape, traced, *both, field))
-        channels = last.channels
-    return steps
-
-
-def costs(step: list[Planned], channels: int, side: float, norms: int) -> tuple[int, int]:
-    """Return parameters and FLOPs of a step that takes `channels` and gives images of `side`."""
-    parameters = flops = 0
-    for operation in step:
-        weights = operation.kernel**2 * channels * operation.channels
-        flops += int(2 * weights * side**2)
-        channels = operation.channels
-        parameters += weights + channels * (weights > 0)  # and a bias for every output channel
-    # A BatchNorm has a scale and a shift for each channel.
-    return parameters + norms * 2 * channels * (step[0].kernel == 3), flops
-
-
-def receptive_field(path: list[Planned]) -> int:
-    """Return the side, in input pixels, of what a pixel after the operations of `path` depends on.
-
-    Counted from that pixel back to the image: a 3 x 3 convolution needs two pixels more in a row
-    than it gives, a 2 x 2 pooling twice as many, and w upsampled pixels come from at most w // 2 +
-    1 coarser ones.
-    """
-    width = 1
-    for operation in reversed(path):
-        if operation.kind == "convolution":
-            width += operation.kernel - 1
-        elif operation.kind == "pooling":
-            width *= 2
-        elif operation.kind == "upsampling":
-            width = width // 2 + 1
-    return width
+    traced = trace_shapes(model, side)
+    norms = sum(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+    return compare(plan_for(model, side, traced, given), traced, norms)
 
 
 def diagnose(model: nn.Module, side: int, **given: int) -> str:
@@ -474,8 +400,8 @@ def diagnose(model: nn.Module, side: int, **given: int) -> str:
 
     `given` is that of `analyse_shapes`.
     """
-    first = next(faults(*plan_and_trace(model, side, given), side), "")
-    return first and f"{first}."
+    traced = trace_shapes(model, side)
+    return first_fault(plan_for(model, side, traced, given), traced)
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -679,10 +605,8 @@ def train(
     with undone_if_stopped(model, recipe, checkpoint, history):
         training = Training.start(model, recipe, steps)
         if checkpoint and checkpoint.exists():
-            if recipe.RESUME or getattr(model, "interrupted", None) == recipe:
-                history += load_checkpoint(checkpoint, training._asdict(), identity)
-            else:
-                set_aside(checkpoint)
+            go_on = recipe.RESUME or getattr(model, "interrupted", None) == recipe
+            history += resume(checkpoint, training._asdict(), identity, go_on)
         for row in epochs(training, train_pets, valid_pets, recipe, len(history)):
             history.append(row)
             if checkpoint:

@@ -5,22 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
-from typing import Protocol
 
-import torch
 from pydantic import BaseModel
 from torch import nn
 
 from support.machine import pick_precision
 from support.parameters import InputError
 from support.tensor_files import load_tensors, save_tensors
-
-
-class Stateful(Protocol):
-    """What can give its state and take it back: a net, an optimiser, a schedule."""
-
-    def state_dict(self) -> dict: ...
-    def load_state_dict(self, state: dict) -> object: ...
 
 
 def identify(model: nn.Module, train_pets: tuple, valid_pets: tuple, recipe: BaseModel) -> dict:
@@ -35,29 +26,35 @@ def identify(model: nn.Module, train_pets: tuple, valid_pets: tuple, recipe: Bas
     }
 
 
-def save_checkpoint(
-    path: Path, parts: dict[str, Stateful], identity: dict, history: list[dict]
-) -> None:
+def save_checkpoint(path: Path, parts: dict, identity: dict, history: list[dict]) -> None:
     """Write all that going on needs: the state of each part, and what the training was of."""
     states = {name: part.state_dict() for name, part in parts.items()}
     save_tensors(path, {**states, "recipe": identity, "history": history})
 
 
-def load_checkpoint(path: Path, parts: dict[str, Stateful], identity: dict) -> list[dict]:
-    """Read a checkpoint of the same training into `parts` and return its history.
+def resume(path: Path, parts: dict, identity: dict, go_on: bool) -> list[dict]:
+    """Bring `parts` of a training to the state that a checkpoint keeps, and return its history.
 
-    Errors: `InputError` if it is damaged, or of another training.
+    Unless it should `go_on`, the checkpoint is set aside. Errors: `InputError` if it is damaged,
+    or of another training.
     """
+    if not go_on:
+        set_aside(path)
+        return []
     saved = load_tensors(path)
     try:
         check_identity(path, saved["recipe"], identity)
-        check_history(saved["history"])
+        rows = [{key: float(value) for key, value in row.items()} for row in saved["history"]]
+        epochs = [row["epoch"] for row in rows]
+        if epochs != list(range(1, len(epochs) + 1)):
+            raise ValueError("the epochs are not numbered from 1")
         for name, part in parts.items():
             if saved[name].keys() != part.state_dict().keys():
                 raise KeyError(name)
             part.load_state_dict(saved[name])
-            if isinstance(part, torch.optim.Optimizer):
-                check_moments(part)
+        for weight, state in parts["optimizer"].state.items():
+            if {tensor.shape for tensor in state.values() if tensor.ndim} != {weight.shape}:
+                raise ValueError("the optimiser is that of other weights")
         return saved["history"]
     except InputError:
         raise
@@ -72,20 +69,6 @@ def check_identity(path: Path, theirs: dict, own: dict) -> None:
         told = "; ".join(f"{key} {theirs.get(key)}, not {own[key]}" for key in other)
         what = f"{path} is of another run, with {told}"
         raise InputError(f"{what}: set RESUME to False, or these.")
-
-
-def check_history(history: list[dict]) -> None:
-    """Raise an error unless each row has numbers alone, and the epochs are counted from 1."""
-    rows = [{key: float(value) for key, value in row.items()} for row in history]
-    if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
-        raise ValueError("the epochs are not numbered from 1")
-
-
-def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless what the optimiser keeps of each weight has that weight's shape."""
-    for weight, state in optimizer.state.items():
-        if {tensor.shape for tensor in state.values() if tensor.ndim} != {weight.shape}:
-            raise ValueError("the optimiser is that of other weights")
 
 
 def set_aside(checkpoint: Path) -> None:

@@ -57,15 +57,14 @@ def read_text(path: Path) -> str:
 
 
 def read_names(path: Path) -> dict[str, int]:
-    """Return the names that a list has, one a line, each with its line's number; {} without a list.
+    """Return the names that a list has, one a line, each with its line's number.
 
     A line may have up to three numbers after the name; what begins with # is a comment. Errors:
     `InputError` for a name twice, and for what can't be part of a file's name here, or would lead
     to another folder.
     """
     names: dict[str, int] = {}
-    text = read_text(path) if path.is_file() else ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -80,28 +79,28 @@ def read_names(path: Path) -> dict[str, int]:
     return names
 
 
-def read_apart(path: Path, other: Path) -> dict[str, int]:
-    """Return what `read_names` does of a split. Errors: `InputError`, for a name in both, too."""
-    names = read_names(path)
+def read_listed(folder: Path, split: str, kinds: tuple[str, ...]) -> list[str]:
+    """Return the names of a dataset's split, 'trainval' or 'test', each with a file of every kind.
+
+    Errors: `InputError`, for a name that the other split has, too.
+    """
+    other = "test" if split == "trainval" else "trainval"
+    path, other = (folder / "annotations" / f"{name}.txt" for name in (split, other))
+    names, others = (read_names(path) if path.is_file() else {} for path in (path, other))
     if not names:
         what = "is missing or names no images: extract the dataset's annotations again"
         raise InputError(f"{path} {what}.")
-    others = read_names(other)
     for name in names.keys() & others.keys():
         lines = f"{path} has in line {names[name]} what {other} has in line {others[name]}"
         what = "an image must not be in two splits, so remove one line"
         raise InputError(f"{lines}, {name}: {what}.")
-    return names
-
-
-def check_there(path: Path, names: dict[str, int], folder: Path, kinds: tuple[str, str]) -> None:
-    """Raise `InputError` unless each name of a split's list has both its files in `folder`."""
     files = {kind.format(name): line for name, line in names.items() for kind in kinds}
     missing = [file for file in files if not os.path.isfile(folder / file)]
     if missing:
         first = f"{missing[0]} of line {files[missing[0]]}"
         what = f"names {len(missing)} files that are not there, first {first}: extract them"
         raise InputError(f"{path} {what}.")
+    return list(names)
 
 
 def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Image.Image:
