@@ -142,7 +142,7 @@ class Recipe(Parameters):
     def small_sides(self) -> list[int]:
         """The side of each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
         part = r"([1-9]\d{0,2}) at ([1-9]\d{0,3})"
-        if not re.fullmatch(f"({part}(, (?!$)|$))*", self.SMALL_EPOCHS):
+        if not re.fullmatch(f"({part}(, {part})*)?", self.SMALL_EPOCHS):
             like, given = 'like "2 at 64, 3 at 128"', brief(self.SMALL_EPOCHS)
             raise InputError(f"SMALL_EPOCHS should be {like}, not {given}.")
         parts = re.findall(part, self.SMALL_EPOCHS)

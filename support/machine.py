@@ -1,8 +1,4 @@
-"""What this machine has, and what a run needs of it: device, number format, memory and disk.
-
-A file of its own, since nobody has to read it to learn about segmentation; `petseg_utils` passes it
-on.
-"""
+"""What this machine has, and what a run needs of it: device, number format, memory and disk."""
 
 import ctypes
 import math
@@ -10,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -56,8 +53,9 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def own_cgroups(controller: str) -> Iterator[Path]:
-    """Yield the folders that limit this process in Linux: its control group's, and those above.
+def own_limits(controller: str, *versions: list[str]) -> Iterator[tuple[Path, list[int]]]:
+    """Yield what limits this process in Linux: for its control group and each above it, the folder
+    and the numbers in files, by their names in version 2 and in version 1.
 
     Version 2 has one tree of groups, version 1 one for each controller ("cpu", "memory"). A
     container may see its own group at the root of the tree, and its name on the host here.
@@ -67,15 +65,15 @@ def own_cgroups(controller: str) -> Iterator[Path]:
         lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        if not controllers or controller in controllers.split(","):
-            tree = CGROUPS / controller if controllers else CGROUPS
-            own = tree / group.strip("/")
-            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(tree))
-
-
-def read_numbers(folder: Path, *files: str) -> list[int]:
-    """Return the numbers in files of a control group. Errors: OSError, or ValueError for "max"."""
-    return [int(n) for file in files for n in (folder / file).read_text(encoding="utf-8").split()]
+        if controllers and controller not in controllers.split(","):
+            continue
+        tree = CGROUPS / controller if controllers else CGROUPS
+        own = tree / group.strip("/")
+        folders = [folder for folder in (own, *own.parents) if folder.is_relative_to(tree)]
+        for folder, files in product(folders, versions):
+            with suppress(OSError, ValueError):  # it isn't there, or says "max"
+                texts = [(folder / file).read_text(encoding="utf-8") for file in files]
+                yield folder, [int(number) for text in texts for number in text.split()]
 
 
 def usable_cpus() -> int:
@@ -83,11 +81,9 @@ def usable_cpus() -> int:
     usable = os.cpu_count() or 1
     with suppress(AttributeError):  # macOS binds no process to a processor
         usable = len(psutil.Process().cpu_affinity())
-    for folder in own_cgroups("cpu"):
-        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # versions 2 and 1
-            with suppress(OSError, ValueError):
-                quota, period = read_numbers(folder, *files)
-                usable = min(usable, math.ceil(quota / period)) if quota > 0 else usable
+    names = ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+    for _, (quota, period) in own_limits("cpu", *names):
+        usable = min(usable, math.ceil(quota / period)) if quota > 0 else usable
     return usable
 
 
@@ -158,13 +154,11 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
 def free_memory() -> int:
     """Return how many bytes this process has or can still get, in its container if any."""
     free = psutil.virtual_memory().available
-    for folder in own_cgroups("memory"):
-        for names in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):  # versions 2 and 1
-            with suppress(OSError, ValueError):
-                limit, used = read_numbers(folder, *(f"memory.{name}" for name in names))
-                told = (folder / "memory.stat").read_text(encoding="utf-8")
-                cached = re.findall(r"^(?:total_)?inactive_file (\d+)", told, re.MULTILINE)
-                free = min(free, limit - used + int([0, *cached][-1]))  # cached files give way
+    names = ["memory.max", "memory.current"], ["memory.limit_in_bytes", "memory.usage_in_bytes"]
+    for folder, (limit, used) in own_limits("memory", *names):
+        told = (folder / "memory.stat").read_text(encoding="utf-8")
+        cached = re.findall(r"^(?:total_)?inactive_file (\d+)", told, re.MULTILINE)
+        free = min(free, limit - used + int([0, *cached][-1]))  # cached files give way
     own = psutil.Process().memory_info()
     with suppress(AttributeError):  # only Linux tells
         limit, _ = psutil.Process().rlimit(psutil.RLIMIT_AS)

@@ -1,8 +1,6 @@
 """Draw masks, grids of pictures, tables and the U of a U-Net, in colours that all can tell apart.
 
-A file of its own, since nobody who wants to learn about segmentation has to read it; `petseg_utils`
-passes it on. A figure's label, `figure.get_label()`, is its alt text: what it shows, for those who
-can't see it.
+A figure's label, `figure.get_label()`, is its alt text: what it shows, for those who can't see it.
 """
 
 import html
@@ -12,20 +10,15 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from support.parameters import InputError
 
 # From Okabe and Ito's palette, for colour-blind readers: no class shares its colour with anything.
 COLORS = {"pet": "#E69F00", "background": "#0072B2", "border": "#1A1A1A"}
-GREEN, RED, SKY, YELLOW, PINK, GREY = (
-    "#009E73",
-    "#D55E00",
-    "#56B4E9",
-    "#F0E442",
-    "#CC79A7",
-    "#555555",
-)
+GREEN, RED, SKY = "#009E73", "#D55E00", "#56B4E9"
+YELLOW, PINK, GREY = "#F0E442", "#CC79A7", "#555555"
 ARROWS = {
     "next": {"color": GREY},
     "max pooling 2 × 2": {"color": SKY},
@@ -73,20 +66,17 @@ def plot_grid(
             axes[i, j].set(xticks=[], yticks=[])
     for i, title in enumerate(row_titles):
         axes[i, 0].set_ylabel(title, fontsize=9)
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in COLORS.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(COLORS), frameon=False)
+    patches = [Patch(color=color, label=name) for name, color in COLORS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(COLORS), frameon=False)
     return figure
 
 
 def html_table(rows: list[dict]) -> str:
     """Return rows with the same keys as an HTML table, all escaped; a wide one scrolls in a box."""
     lines = [[f"<th>{html.escape(str(title))}</th>" for title in rows[0]]]
-    lines += [
-        [f"<td>{html.escape(str(cell))}</td>".replace(" ", "&nbsp;") for cell in row.values()]
-        for row in rows
-    ]
+    for row in rows:
+        cells = [html.escape(str(cell)).replace(" ", "&nbsp;") for cell in row.values()]
+        lines.append([f"<td>{cell}</td>" for cell in cells])
     body = "\n".join(f"<tr>{''.join(line)}</tr>" for line in lines)
     return f'<div style="overflow-x:auto"><table>{body}</table></div>'
 
@@ -118,21 +108,10 @@ def plot_unet(steps: Sequence) -> plt.Figure:
         draw_arrow(axes, boxes[before.name], boxes[after.name], kind)
     for level in range(1, depth + 1):
         draw_arrow(axes, boxes[f"down{level}"], boxes[f"concat{level}"], "skip")
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor="black", label=text)
-        for c, text in BOXES.values()
-    ]
-    handles += [
-        plt.Line2D([], [], **style, label=kind) for kind, style in ARROWS.items() if kind != "next"
-    ]
-    axes.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0),
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-    )
+    handles = [Patch(facecolor=c, edgecolor="black", label=text) for c, text in BOXES.values()]
+    handles += [plt.Line2D([], [], **ARROWS[kind], label=kind) for kind in list(ARROWS)[1:]]
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 3, "fontsize": 8}
+    axes.legend(handles=handles, frameon=False, **below)
     axes.set(xlim=(-2.2, 2 * depth + 3.8), ylim=(-1.6 * depth - 1.1, 1.2))
     axes.axis("off")
     return figure
@@ -161,10 +140,9 @@ def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> pl
     axes.text(
         x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=7.5
     )
-    style = (
-        {"facecolor": BOXES[kind][0]} if step.traced else {"facecolor": "none", "linestyle": ":"}
-    )
-    return axes.add_patch(plt.Rectangle((x - w, y - h), 2 * w, 2 * h, edgecolor="black", **style))
+    color, line = (BOXES[kind][0], "-") if step.traced else ("none", ":")
+    box = plt.Rectangle((x - w, y - h), 2 * w, 2 * h, ec="black", fc=color, linestyle=line)
+    return axes.add_patch(box)
 
 
 def draw_arrow(axes: plt.Axes, start: plt.Rectangle, end: plt.Rectangle, kind: str) -> None:
