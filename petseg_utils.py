@@ -7,7 +7,6 @@ classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each a
 """
 
 import math
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,23 +28,15 @@ from tqdm import tqdm
 # Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
 from support.checkpoints import identify, resume, save_checkpoint, undone_if_stopped
 from support.dataset import check_pairs, find_dataset, open_image, open_pair, read_listed
-from support.machine import (
-    check_run,
-    count_steps,
-    keep_freed_memory,
-    memory_told,
-    pick_device,
-    pick_precision,
-    prepare,
-    usable_cpus,
-)
+from support.machine import check_run, count_steps, memory_told, pick_device, usable_cpus
 from support.muon import Muon
-from support.parameters import InputError, Parameters, brief, check_folder_name, param
+from support.parameters import InputError, Parameters, check_folder_name, param, read_sides
 from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid, plot_unet
 from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
 from support.safe_files import write_atomically
 from support.sample_pets import draw_sample_pets
 from support.shapes import Planned, Step, compare, first_fault
+from support.speed import keep_freed_memory, pick_precision, precision_of, prepare
 from support.trace import Trace, sizes_of, trace_shapes
 
 # What notebooks, experiments and tests use: the module's own, and what rooms below it offer.
@@ -141,12 +132,7 @@ class Recipe(Parameters):
     @property
     def small_sides(self) -> list[int]:
         """The side of each of the first epochs, those of SMALL_EPOCHS. Errors: `InputError`."""
-        part = r"([1-9]\d{0,2}) at ([1-9]\d{0,3})"
-        if not re.fullmatch(f"({part}(, {part})*)?", self.SMALL_EPOCHS):
-            like, given = 'like "2 at 64, 3 at 128"', brief(self.SMALL_EPOCHS)
-            raise InputError(f"SMALL_EPOCHS should be {like}, not {given}.")
-        parts = re.findall(part, self.SMALL_EPOCHS)
-        return [int(side) for count, side in parts for _ in range(int(count))]
+        return read_sides("SMALL_EPOCHS", self.SMALL_EPOCHS)
 
 
 def check_side(side: int, depth: int) -> None:
@@ -241,9 +227,8 @@ def load_pets(
         with ThreadPoolExecutor(usable_cpus()) as pool:
             list(tqdm(pool.map(fill, range(len(names))), title, len(names), leave=False))
     except InputError:  # one is bad: tell of all at once, of both splits
-        splits = (read_split(folder, split) for split in ("trainval", "test"))
-        every = dict.fromkeys(chain(names, *splits))
-        check_pairs([files_of(folder, name) for name in every])
+        every = chain(names, *(read_split(folder, split) for split in ("trainval", "test")))
+        check_pairs([files_of(folder, name) for name in dict.fromkeys(every)])
         raise
     return Pets(names, images, masks, folder)
 
@@ -357,7 +342,7 @@ class UNet(nn.Module):
 # ------------------------------------------------------------------------------------------- shapes
 
 
-def plan(side: int, b: int, depth: int, num_classes: int) -> Iterator[Planned]:
+def plan(side: int, base_channels: int, depth: int, num_classes: int) -> Iterator[Planned]:
     """Yield every operation of the forward pass: step, level, kind, kernel and what it gives."""
 
     def planned(step: str, level: int, kind: str, channels: int, kernel: int = 0) -> Planned:
@@ -366,6 +351,7 @@ def plan(side: int, b: int, depth: int, num_classes: int) -> Iterator[Planned]:
     def block(step: str, level: int, channels: int) -> list[Planned]:  # a `conv_plus_conv`
         return [planned(step, level, "convolution", channels, kernel=3)] * 2
 
+    b = base_channels
     for level in range(depth):
         yield from block(f"down{level + 1}", level, b * 2**level)
         yield planned(f"pool{level + 1}", level + 1, "pooling", b * 2**level)
@@ -377,31 +363,27 @@ def plan(side: int, b: int, depth: int, num_classes: int) -> Iterator[Planned]:
     yield planned("out", 0, "convolution", num_classes, kernel=1)
 
 
-def plan_for(model: nn.Module, side: int, traced: Trace, given: dict[str, int]) -> list[Planned]:
-    """Return the plan by the sizes that are given, or else the net's attributes, or as it looks."""
-    looks = {**sizes_of(model, traced), "num_classes": len(CLASSES)}
-    own = {name: getattr(model, name) for name in looks if hasattr(model, name)}
-    return list(plan(side, *(looks | own | given).values()))
+def plan_and_trace(model: nn.Module, side: int, sizes: dict[str, int]) -> tuple[list, Trace]:
+    """Return the plan of a net by `sizes`, or else as it looks, and what its forward pass did."""
+    traced = trace_shapes(model, side)
+    return list(plan(side, **sizes_of(model, traced) | sizes)), traced
 
 
-def analyse_shapes(model: nn.Module, side: int, **given: int) -> list[Step]:
+def analyse_shapes(model: nn.Module, side: int, **sizes: int) -> list[Step]:
     """Return a `Step` for each step of the forward pass, predicted by formula and traced.
 
-    `given` may say base_channels, depth and num_classes. A net that is no U-Net of this plan has
+    `sizes` may say base_channels, depth and num_classes. A net that is no U-Net of this plan has
     its traced operations as steps, without a prediction.
     """
-    traced = trace_shapes(model, side)
-    norms = sum(isinstance(part, nn.BatchNorm2d) for part in model.modules())
-    return compare(plan_for(model, side, traced, given), traced, norms)
+    return compare(*plan_and_trace(model, side, sizes), model)
 
 
-def diagnose(model: nn.Module, side: int, **given: int) -> str:
+def diagnose(model: nn.Module, side: int, **sizes: int) -> str:
     """Say in a sentence where a net first parts from the plan, and why; "" if it doesn't.
 
-    `given` is that of `analyse_shapes`.
+    `sizes` are those of `analyse_shapes`.
     """
-    traced = trace_shapes(model, side)
-    return first_fault(plan_for(model, side, traced, given), traced)
+    return first_fault(*plan_and_trace(model, side, sizes))
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -562,8 +544,7 @@ class Training(NamedTuple):
         """Return the model with its average, its optimiser and the schedule of the rate."""
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
-            precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
-            optimizer = Muon(model.parameters(), **options, precision=precision)
+            optimizer = Muon(model.parameters(), **options, precision=precision_of(model, recipe))
         else:
             optimizer = torch.optim.AdamW(model.parameters(), **options, fused=True)
 
@@ -654,8 +635,7 @@ def epochs(
 def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> float:
     """Pass over the images once, in random batches, and return the mean loss."""
     model, average, optimizer, schedule = training
-    device = next(model.parameters()).device
-    precision = pick_precision(recipe.PRECISION, device)
+    device, precision = next(model.parameters()).device, precision_of(model, recipe)
     model.train()
     losses = []
     for batch in torch.randperm(len(pets.names)).split(recipe.BATCH_SIZE):
@@ -688,8 +668,7 @@ def validate(
     In training no batch went through the averaged weights, so their running means and variances
     are those of other weights. They are measured on at most ten batches of training images.
     """
-    device = next(model.parameters()).device
-    precision = pick_precision(recipe.PRECISION, device)
+    device, precision = next(model.parameters()).device, precision_of(model, recipe)
     some = train_pets.images[:: math.ceil(len(train_pets.images) / (10 * recipe.BATCH_SIZE))]
     batches = [batch for batch in some.split(recipe.BATCH_SIZE) if len(batch) == recipe.BATCH_SIZE]
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):

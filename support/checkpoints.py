@@ -9,17 +9,16 @@ from pathlib import Path
 from pydantic import BaseModel
 from torch import nn
 
-from support.machine import pick_precision
 from support.parameters import InputError
+from support.speed import precision_of
 from support.tensor_files import load_tensors, save_tensors
 
 
 def identify(model: nn.Module, train_pets: tuple, valid_pets: tuple, recipe: BaseModel) -> dict:
     """Return all that a training depends on, to tell whether a checkpoint belongs to it."""
-    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
     return {
         **recipe.model_dump(exclude=recipe.PLACES | {"FLIP"}),  # FLIP only changes the scoring
-        "PRECISION": str(precision).removeprefix("torch."),
+        "PRECISION": str(precision_of(model, recipe)).removeprefix("torch."),
         "images": list(train_pets.images.shape),
         "sum of labels": int(train_pets.masks.sum()),  # of other images of the same shape, another
         "validation masks": list(valid_pets.masks.shape),

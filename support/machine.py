@@ -1,6 +1,5 @@
-"""What this machine has, and what a run needs of it: device, number format, memory and disk."""
+"""What this machine has, and what a run needs of it: device, processors, memory and disk."""
 
-import ctypes
 import math
 import os
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 import psutil
 import torch
 from pydantic import BaseModel
-from torch import nn
 
 from support.parameters import InputError
 
@@ -37,20 +35,6 @@ def pick_device(name: str = "auto") -> torch.device:
         raise InputError(f"this machine has no device {name!r}: set DEVICE to {names}.")
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     return torch.device(usable[0] if name == "auto" else name)
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in; 'auto' takes bfloat16 where hardware multiplies it.
-
-    Emulated it is slow.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = any(features.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def own_limits(controller: str, *versions: list[str]) -> Iterator[tuple[Path, list[int]]]:
@@ -85,27 +69,6 @@ def usable_cpus() -> int:
     for _, (quota, period) in own_limits("cpu", *names):
         usable = min(usable, math.ceil(quota / period)) if quota > 0 else usable
     return usable
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's malloc, where there is one, to keep what is freed, for the next training step.
-
-    By default the memory of large tensors goes back to Linux after each use and returns as new
-    pages of zeros, which slows the step down on the CPU.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of memory of its own for a large tensor
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back what is free at the end of the heap
-
-
-def prepare(model: nn.Module, recipe: BaseModel) -> None:
-    """Lay the model out in memory as training is fastest, and keep what is freed."""
-    precision = pick_precision(recipe.PRECISION, next(model.parameters()).device)
-    # bfloat16 units want the channels of a pixel side by side; float32 on AVX2 is faster without.
-    fast = torch.channels_last if precision == torch.bfloat16 else torch.contiguous_format
-    model.to(memory_format=fast)
-    keep_freed_memory()
 
 
 def layers(recipe: BaseModel) -> Iterator[tuple[int, int, int]]:
@@ -156,9 +119,10 @@ def free_memory() -> int:
     free = psutil.virtual_memory().available
     names = ["memory.max", "memory.current"], ["memory.limit_in_bytes", "memory.usage_in_bytes"]
     for folder, (limit, used) in own_limits("memory", *names):
-        told = (folder / "memory.stat").read_text(encoding="utf-8")
-        cached = re.findall(r"^(?:total_)?inactive_file (\d+)", told, re.MULTILINE)
-        free = min(free, limit - used + int([0, *cached][-1]))  # cached files give way
+        with suppress(OSError):
+            told = (folder / "memory.stat").read_text(encoding="utf-8")
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)", told, re.MULTILINE)
+            free = min(free, limit - used + int([0, *cached][-1]))  # cached files give way
     own = psutil.Process().memory_info()
     with suppress(AttributeError):  # only Linux tells
         limit, _ = psutil.Process().rlimit(psutil.RLIMIT_AS)
@@ -187,16 +151,13 @@ def check_memory(recipe: BaseModel, images: dict[str, int]) -> None:
     stride = 2**recipe.DEPTH
     least_side = max(recipe.small_sides, default=stride)
     least_of = {"SCORE_SIZE": 8, "BATCH_SIZE": 2, "IMAGE_SIZE": least_side, "BASE_CHANNELS": 1}
-    fits = "take a machine with more memory"
-    for name, least in least_of.items():
-        value = getattr(recipe, name)
-        step = stride if name == "IMAGE_SIZE" else 1
-        smaller = range(value - step, least - 1, -step)
-        tried = ((v, forecast(recipe.model_copy(update={name: v}), images)) for v in smaller)
-        first = next((v for v, bytes_ in tried if bytes_ <= free), None)
-        if first:
-            fits = f"{name} {first} fits, where it is {value}"
-            break
+    fitting = (
+        f"{name} {size} fits, where it is {getattr(recipe, name)}"
+        for name, least in least_of.items()
+        for size in range(least, getattr(recipe, name), stride if name == "IMAGE_SIZE" else 1)[::-1]
+        if forecast(recipe.model_copy(update={name: size}), images) <= free
+    )
+    fits = next(fitting, "take a machine with more memory")
     told = f"this run needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     raise InputError(f"{told}: {fits}.")
 

@@ -8,6 +8,8 @@ from difflib import SequenceMatcher
 from itertools import groupby, takewhile
 from typing import NamedTuple
 
+from torch import nn
+
 from support.trace import Operation, Trace
 
 Shape = tuple[int, float]  # (channels, side)
@@ -61,8 +63,8 @@ class Step(NamedTuple):
 # ---------------------------------------------------------------------------------------- the table
 
 
-def compare(plan: list[Planned], traced: Trace, norms: int) -> list[Step]:
-    """Return the plan's steps beside what was traced; `norms` BatchNorms follow convolutions.
+def compare(plan: list[Planned], traced: Trace, model: nn.Module) -> list[Step]:
+    """Return the plan's steps beside what was traced of a model.
 
     A net that is too unlike the plan has its traced operations as steps.
     """
@@ -72,6 +74,7 @@ def compare(plan: list[Planned], traced: Trace, norms: int) -> list[Step]:
             Step(f"{one.kind} {i}", 0, "", None, one.gives, one.parameters, one.flops, None)
             for i, one in enumerate(traced.seen, 1)
         ]
+    norms = sum(isinstance(part, nn.BatchNorm2d) for part in model.modules())
     norms = round(2 * norms / sum(one.kernel == 3 for one in plan))  # of each two convolutions
     (b, _), channels, done = plan[0].gives, 3, 0
     steps: list[Step] = []

@@ -108,13 +108,13 @@ def trace_shapes(model: nn.Module, side: int) -> Trace:
 
 
 def sizes_of(model: nn.Module, traced: Trace) -> dict[str, int]:
-    """Return the base channels and the depth that a net looks to have, as a U-Net."""
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    """Return base channels, depth and classes of a U-Net: its attributes, or else as it looks."""
+    convolutions = [part.out_channels for part in model.modules() if isinstance(part, nn.Conv2d)]
     depth = sum(operation.kind == "pooling" for operation in traced.seen)
     if traced.stopped:  # perhaps on the way down: a level has four convolutions
         depth = round((len(convolutions) - 3) / 4)
-    first = convolutions[0].out_channels if convolutions else 1
-    return {"base_channels": first, "depth": max(depth, 1)}
+    looks = {"base_channels": [*convolutions, 1][0], "depth": max(depth, 1), "num_classes": 3}
+    return {name: getattr(model, name, size) for name, size in looks.items()}
 
 
 def names_in_use(model: nn.Module) -> list[str]:
