@@ -1,8 +1,6 @@
 """Write files that survive a crash, and keep a folder to one process.
 
-A file of its own, since nothing here is about segmentation; `petseg_utils` passes on what the
-notebooks use. Nothing else in this project writes a result. (Tensors have `tensor_files`, so that
-this loads without torch.)
+Nothing else in this project writes a result. (Tensors have `tensor_files`: this needs no torch.)
 """
 
 import atexit

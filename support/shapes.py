@@ -180,11 +180,9 @@ def faults(plan: list[Planned], seen: list[Operation], stopped: str) -> Iterator
         number = 1 + (planned.step == plan[index - 1].step)
         name = f"convolution {number} of {planned.step}" if planned.kernel == 3 else planned.step
         if here and fits(planned, here):
-            yield from faults_of(name, planned, here, plan[index - 1].kind)
+            yield from faults_of(name, planned, here, plan[index - 1].kind, why)
             if not here.gives:
                 yield f"the pass stops at {name}, {unknown}"
-            elif here.gives != planned.gives:
-                yield parted(name, planned.gives, here.gives, why)
         elif not here and stopped:
             yield f"the pass stops after {before}, {unknown}"
         elif then and fits(planned, then) and planned.kind != plan[index - 1].kind:
@@ -212,39 +210,37 @@ def faults_of_levels(plan: list[Planned], seen: list[Operation], stopped: str) -
         yield f"the net has {levels} levels, planned are {depth}: too {many}"
 
 
-def faults_of(name: str, planned: Planned, seen: Operation, before: str) -> Iterator[str]:
-    """Yield why an operation that is there, after one of the kind `before`, can't be right."""
-    has, side = seen.given[0]
+def faults_of(name: str, planned: Planned, seen: Operation, before: str, why: str) -> Iterator[str]:
+    """Yield what is wrong with an operation that is there as planned, causes first.
+
+    `before` is the kind of the operation before it, and `why` says why it gives so many channels.
+    """
+    (has, side), sides = seen.given[0], [side for _, side in seen.given]
+    gives = seen.gives or planned.gives  # where PyTorch stops, nobody knows
     if seen.kind != planned.kind:
-        change = f" from {has} to {seen.gives[0]} channels" if seen.gives else ""
+        change = f" from {has} to {gives[0]} channels" if seen.gives else ""
         yield f"{name} is a {seen.kind}{change}: planned is {planned.kind}, without weights"
-    if seen.kind == "convolution":
-        if seen.takes != has:
-            doubled = has == 2 * seen.takes
-            why = "the concatenation doubles them" if doubled else "it may be of another level"
-            told = f"{name} takes {seen.takes} channels, but what it is given has {has}"
-            yield f"{told}: {why}" if before == "concatenation" else told
-        if seen.kernel != planned.kernel:
-            is_, right = (f"{size} x {size}" for size in (seen.kernel, planned.kernel))
-            yield f"{name} is {is_}, planned is {right}"
-        if seen.stride > 1:
-            yield f"{name} has a stride of {seen.stride}: only pooling halves the side"
-        if seen.gives and seen.gives[1] != side:
-            change = f"makes the side {seen.gives[1]} of {side}"
-            yield f"{name} {change}: with padding={planned.kernel // 2} it stays"
-    if seen.kind == "concatenation":
-        sides = [side for _, side in seen.given]
-        if seen.dim != 1:
-            yield f"{name} joins on dim {seen.dim}: the channels are dim 1"
-        if len(set(sides)) > 1:
-            late = 2 * min(sides) == planned.gives[1]
-            skip = "from after the pooling" if late else "another level's"
-            told = f"{name} is given the sides {' and '.join(map(str, sides))}"
-            yield f"{told}: the skip is {skip}"
-
-
-def parted(name: str, planned: Shape, seen: Shape, why: str) -> str:
-    """Say how what an operation gives differs from the plan; `why` is that of its channels."""
-    if seen[0] != planned[0]:
-        return f"{name} gives {seen[0]} channels, planned are {planned[0]}: {why}"
-    return f"{name} gives the side {seen[1]}, planned is {planned[1]:g}: a factor of 2 is right"
+    if seen.takes not in (0, has):
+        doubled = has == 2 * seen.takes
+        cause = ": the concatenation doubles them" if doubled else ": it may be of another level"
+        told = f"{name} takes {seen.takes} channels, but what it is given has {has}"
+        yield told + cause * (before == "concatenation")
+    if seen.kernel != planned.kernel:
+        is_, right = (f"{size} x {size}" for size in (seen.kernel, planned.kernel))
+        yield f"{name} is {is_}, planned is {right}"
+    if seen.stride > 1:
+        yield f"{name} has a stride of {seen.stride}: only pooling halves the side"
+    if seen.takes and gives[1] != side:
+        change = f"makes the side {gives[1]} of {side}"
+        yield f"{name} {change}: with padding={planned.kernel // 2} it stays"
+    if seen.dim != 1:
+        yield f"{name} joins on dim {seen.dim}: the channels are dim 1"
+    if len(set(sides)) > 1:
+        late = 2 * min(sides) == planned.gives[1]
+        skip = "from after the pooling" if late else "another level's"
+        yield f"{name} is given the sides {' and '.join(map(str, sides))}: the skip is {skip}"
+    if gives[0] != planned.gives[0]:
+        yield f"{name} gives {gives[0]} channels, planned are {planned.gives[0]}: {why}"
+    if gives[1] != planned.gives[1]:
+        right = f"planned is {planned.gives[1]:g}: a factor of 2 is right"
+        yield f"{name} gives the side {gives[1]}, {right}"
