@@ -20,7 +20,6 @@ CELLS = nbformat.read(FOLDER / "notebook.ipynb", as_version=4).cells
 CODE = [cell for cell in CELLS if cell.cell_type == "code"]
 OUTPUTS = [output for cell in CODE for output in cell.outputs]
 README = " ".join((pets.ROOT / "README.md").read_text(encoding="utf-8").split())
-STORY = " ".join((pets.ROOT / "experiments" / "README.md").read_text(encoding="utf-8").split())
 
 
 def shown(pattern: str) -> tuple[str, ...]:
@@ -171,7 +170,7 @@ def test_readme_tells_how_the_kept_run_went():
         f"gains {cut(gain(), 2)} points on the held-out images",
         f"88.1 % after {reached} of the epochs and {sum(seconds[:reached]) / 60:.1f} minutes",
     ):
-        assert words in STORY
+        assert words in README
 
 
 def test_readme_quotes_the_same_recipe_with_another_seed():
@@ -182,4 +181,4 @@ def test_readme_quotes_the_same_recipe_with_another_seed():
     assert pets.scores(torch.tensor(test["confusion_matrix"])).items() <= test.items()
     got = f"{cut(100 * test['pixel_accuracy'], 2)} %, a mean IoU of {cut(test['mean_iou'], 3)}"
     minutes = f"{other['training']['seconds'] / 60:.0f} minutes"
-    assert f"got {got} and {cut(test['iou']['border'], 3)} for the border, in {minutes}" in STORY
+    assert f"got {got} and {cut(test['iou']['border'], 3)} for the border, in {minutes}" in README
