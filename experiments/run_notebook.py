@@ -18,7 +18,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.cli import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from experiments.terminal import fault_of, progress_shown, scores_of
+from experiments.terminal import fault_of, scores_of, show_progress
 from support.parameters import InputError, brief, check_folder_name, reason
 from support.safe_files import lock, write_atomically
 
@@ -46,16 +46,13 @@ def read(options: Sequence[str]) -> list[str]:
     try:
         chosen, others = parser.parse_known_args(options)
     except argparse.ArgumentError as error:
-        raise InputError(f"{error.argument_name} needs a value: name one behind it.") from None
-    if chosen.data is not None:
-        others = ["-r", "DATA_DIR", chosen.data, *others]
-    if chosen.recipe is not None:
-        recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-        if chosen.recipe not in recipes:
-            there = f"name one of {', '.join(recipes)}"
-            raise InputError(f"there is no recipe {brief(chosen.recipe)}: {there}.")
-        others = ["-f", str(recipes[chosen.recipe]), *others]
-    return others
+        raise InputError(f"{error.argument_name} {error.message}.") from None
+    recipes = {path.stem: ["-f", str(path)] for path in sorted(RECIPES.glob("*.yaml"))}
+    if chosen.recipe and chosen.recipe not in recipes:
+        there = f"name one of {', '.join(recipes)}"
+        raise InputError(f"there is no recipe {brief(chosen.recipe)}: {there}.")
+    data = ["-r", "DATA_DIR", chosen.data] if chosen.data else []
+    return [*recipes.get(chosen.recipe, []), *data, *others]
 
 
 def compare(*options: str) -> None:
@@ -72,9 +69,9 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
         lock(output.with_name(".notebook.lock"))
         draft.unlink(missing_ok=True)  # that of an earlier run would be taken for this one's
         once = "--no-request-save-on-cell-execute"  # twice a cell takes a tenth of the whole time
-        with progress_shown(output.with_name("log.txt")) as bar:
-            command = [bar, "--log-output", once, str(notebook), str(draft), *options]
-            call_papermill(command, draft)
+        bar = show_progress(output.with_name("log.txt"))
+        command = [bar, "--log-output", once, str(notebook), str(draft), *options]
+        call_papermill(command, draft)
         if not draft.exists():
             return  # an option like --help-notebook printed what it was asked for
         executed = nbformat.read(draft, as_version=4)

@@ -8,8 +8,6 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from nbclient.exceptions import DeadKernelError
@@ -52,23 +50,20 @@ class Progress(logging.Handler):
         self.section = ""
 
     def start_cell(self, cell: NotebookNode, **_: object) -> None:
-        """Take over the heading of a section that begins with this cell."""
+        """Tell the heading of a section that begins with this cell."""
         headings = re.findall(r"^##? +(.+)", cell.source, re.MULTILINE)
         if cell.cell_type == "markdown" and headings:
             self.section = headings[-1]
             if self.bar is None:
                 print(self.section, flush=True)
-        self.show(self.section)
+        if self.bar is not None:
+            self.bar.set_description_str(self.section)  # the state of the last cell's bar is over
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show the state of a bar."""
-        if state := state_of(record.getMessage()):
-            self.show(f"{self.section}: {state}")
-
-    def show(self, told: str) -> None:
-        """Show what is told beside the bar."""
-        if self.bar is not None:
-            self.bar.set_description_str(told)
+        state = state_of(record.getMessage())
+        if state and self.bar is not None:
+            self.bar.set_description_str(f"{self.section}: {state}")
 
 
 class Engine(NBClientEngine):
@@ -92,22 +87,14 @@ class Engine(NBClientEngine):
             logger.removeHandler(progress)
 
 
-@contextmanager
-def progress_shown(log: Path) -> Iterator[str]:
-    """Let papermill write its log to a file, and give its option for the bar of a terminal."""
+def show_progress(log: Path) -> str:
+    """Let all that is logged go to a file, and return papermill's option for the bar."""
+    options = {"filemode": "w", "encoding": "utf-8", "format": "%(message)s", "level": "INFO"}
+    logging.basicConfig(filename=log, force=True, **options)
     logging.raiseExceptions = False  # of a log that a full disk cuts short
-    logging.getLogger("asyncio").disabled = True  # after Ctrl-C: of what was cut off, at length
     papermill_engines.register(None, Engine)
-    file = logging.FileHandler(log, "w", encoding="utf-8")
-    logger.addHandler(file)
-    logger.propagate = False
-    try:
-        terminal = sys.stdout.isatty() and sys.stderr.isatty()
-        yield "--progress-bar" if terminal else "--no-progress-bar"
-    finally:
-        logger.propagate = True
-        logger.removeHandler(file)
-        file.close()
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    return "--progress-bar" if terminal else "--no-progress-bar"
 
 
 def fault_of(error: PapermillExecutionError, draft: Path) -> str:

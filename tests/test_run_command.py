@@ -34,9 +34,8 @@ def test_the_last_state_of_a_cells_bar_is_told_in_words(text, told):
 
 
 @pytest.fixture
-def show(tmp_path, monkeypatch, capsys, caplog):
+def show(tmp_path, monkeypatch, capsys):
     """Return what executes two sections, as on a terminal or not, and gives what was printed."""
-    caplog.set_level("INFO")  # as papermill's command sets it outside of pytest
     monkeypatch.setattr(run_notebook, "quieten_kernel", lambda: None)  # pytest has stderr
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
