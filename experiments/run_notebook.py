@@ -95,7 +95,8 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
         why = "the run was stopped, by Ctrl-C or for want of memory"
         raise InputError(f"{why}: {go_on}.") from None
     metrics = output.with_name("metrics.json")
-    if tidy.metadata.papermill.get("end_time") and metrics.exists():
+    executed_now = tidy.metadata.get("papermill", {}).get("end_time")  # not by --prepare-only
+    if executed_now and metrics.exists():
         print(scores_of(metrics))
     print(f"Done: open {page}")
 
