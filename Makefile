@@ -19,7 +19,7 @@ run: .venv/installed
 	@$(BIN)/python -m experiments.command run "$(NAME)" $(if $(RECIPE),--recipe "$(RECIPE)") \
 		$(if $(DATA),--data "$(DATA)") $(ARGS)
 
-# Find the pet in a photo with the kept net: no training, no dataset.
+# Find the pet in a photo with the kept net, without training or dataset: make photo PHOTO=my_cat.jpg
 photo: .venv/installed
 	@$(BIN)/python -m experiments.command photo "$(PHOTO)"
 

@@ -1,5 +1,7 @@
 """Execute a notebook into runs/, with a run's NAME and papermill's options.
 
+    python -m experiments.command run NAME --recipe best --data FOLDER -p SEED 1
+
 `make run` and `make compare` call this. An executed notebook that is there is kept until the new
 one is complete, and whatever goes wrong is told in one last sentence.
 """
