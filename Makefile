@@ -1,7 +1,8 @@
-# The few commands a person types. A new environment uses PYTHON; `make run` takes a run's NAME and papermill's ARGS,
-# `make photo` a PHOTO.
+# The few commands a person types. A new environment uses PYTHON.
 PYTHON ?= python3
 NAME ?= first
+RECIPE ?=
+DATA ?=
 ARGS ?=
 GRID ?= experiments/ablations.json
 CLUSTER ?=
@@ -12,10 +13,13 @@ COMPARE := notebooks/compare_runs.ipynb
 
 .PHONY: run photo sweep compare test faults lab bench outputs grade mutants student
 
+# Execute the narrative into runs/NAME, by a RECIPE of recipes/, on the dataset in the folder DATA
+# and with papermill's own options in ARGS: make run NAME=oxford RECIPE=best DATA=FOLDER
 run: .venv/installed
-	@$(BIN)/python -m experiments.command run "$(NAME)" $(ARGS)
+	@$(BIN)/python -m experiments.command run "$(NAME)" $(if $(RECIPE),--recipe "$(RECIPE)") \
+		$(if $(DATA),--data "$(DATA)") $(ARGS)
 
-# Find the pet in a photo with the kept net: no training, no dataset.
+# Find the pet in a photo with the kept net, without training or dataset: make photo PHOTO=my_cat.jpg
 photo: .venv/installed
 	@$(BIN)/python -m experiments.command photo "$(PHOTO)"
 

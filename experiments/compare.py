@@ -129,13 +129,10 @@ class Repeated(NamedTuple):
         pairs = [(run, seeds[run.seed]) for run in self.runs if run.seed in seeds]
         if not pairs:
             return Estimate(np.nan)
+        sides = [Repeated("", list(runs)) for runs in zip(*pairs, strict=True)]
         if all(split in run.counts for pair in pairs for run in pair):
-            own, others = ([run.counts[split] for run in runs] for runs in zip(*pairs, strict=True))
-            return estimate(score, own, others)
-        own, others = (
-            Repeated("", list(runs)).mean(f"{split}.{WHOLE[score]}")
-            for runs in zip(*pairs, strict=True)
-        )
+            return estimate(score, *([run.counts[split] for run in side.runs] for side in sides))
+        own, others = (side.mean(f"{split}.{WHOLE[score]}") for side in sides)
         return Estimate(own - others)
 
 
@@ -166,30 +163,27 @@ def comparison(rows: list[Repeated], base: Repeated | None) -> list[dict[str, ob
     places = [*pets.Recipe.PLACES, "SEED"]
     parameters = parameters.drop(columns=places, errors="ignore")
     different = parameters.columns[parameters.astype(str).nunique() > 1]
-    table = []
-    for place, row in enumerate(rows):
-        first = row.runs[0].row
-        gains = {
-            split: row.gain(base, split).points if base and base is not row else "–"
-            for split in ("valid", "test")
+
+    def gain(row: Repeated, split: str) -> str:
+        return row.gain(base, split).points if base and base is not row else "–"
+
+    return [
+        {
+            "run": row.name,
+            "place": place + 1,
+            "seeds": ", ".join(str(run.seed) for run in row.runs),
+            "validation mean IoU, %": row.shown("valid.mean_iou"),
+            "gain (95 %)": gain(row, "valid"),
+            "test mean IoU, %": row.shown("test.mean_iou"),
+            "test gain (95 %)": gain(row, "test"),
+            "test accuracy, %": row.shown("test.pixel_accuracy"),
+            "net's parameters": f"{row.runs[0].row['model.parameters']:,}",
+            "GFLOP": f"{row.runs[0].row['model.flops'] / 1e9:.3g}",
+            "seconds": f"{row.mean('training.seconds'):.0f}",
+            **parameters.loc[place, different],
         }
-        table.append(
-            {
-                "run": row.name,
-                "place": place + 1,
-                "seeds": ", ".join(str(run.seed) for run in row.runs),
-                "validation mean IoU, %": row.shown("valid.mean_iou"),
-                "gain (95 %)": gains["valid"],
-                "test mean IoU, %": row.shown("test.mean_iou"),
-                "test gain (95 %)": gains["test"],
-                "test accuracy, %": row.shown("test.pixel_accuracy"),
-                "net's parameters": f"{first['model.parameters']:,}",
-                "GFLOP": f"{first['model.flops'] / 1e9:.3g}",
-                "seconds": f"{row.mean('training.seconds'):.0f}",
-                **parameters.loc[place, different],
-            }
-        )
-    return table
+        for place, row in enumerate(rows)
+    ]
 
 
 def links(rows: list[Repeated]) -> str:
@@ -215,10 +209,7 @@ def pareto_front(costs: list[float], gains: list[float]) -> list[int]:
 def moved_most(run: Run, base: Run, count: int = 2) -> dict[str, float]:
     """Return by how much right pixels changed on the test images that gained and lost most."""
     own, others = run.counts.get("test", {}), base.counts.get("test", {})
-    change = {
-        name: float(pixel_accuracy(own[name]) - pixel_accuracy(others[name]))
-        for name in own
-        if name in others
-    }
+    both = [name for name in own if name in others]
+    change = {n: float(pixel_accuracy(own[n]) - pixel_accuracy(others[n])) for n in both}
     ranked = sorted(change, key=lambda name: -change[name])
     return {name: change[name] for name in dict.fromkeys(ranked[:count] + ranked[-count:])}

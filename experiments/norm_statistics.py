@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import petseg_utils as pets
-from experiments import ablations, peer
+from experiments import ablations, peer, sweep
 from experiments.command import as_script
 from experiments.tables import cut, markdown, write_json
 
@@ -62,8 +62,8 @@ def main(data_dir: str = "") -> None:
     """Train, if a folder is given, and print the table."""
     if data_dir:
         folder = pets.find_dataset(data_dir)
-        grid = json.loads(ablations.GRIDS["ablations"].read_text(encoding="utf-8"))
-        recipes = [pets.Recipe(**grid["base"], SEED=seed) for seed in grid["seeds"]]
+        grid = sweep.read_grid(ablations.GRIDS["ablations"])
+        recipes = [pets.Recipe(**grid[f"ablations_base_seed_{seed}"]) for seed in (0, 1)]
         write_json(KEPT, {str(recipe.SEED): follow(folder, recipe) for recipe in recipes})
     print(table(json.loads(KEPT.read_text(encoding="utf-8"))))
 

@@ -9,15 +9,13 @@ as the ablations do, at 32 base channels, with Muon and once more with AdamW. Pr
 writes runs/bench/peer.json; what the README quotes is kept in experiments/.
 """
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 import petseg_utils as pets
-from experiments import ablations
+from experiments import ablations, sweep
 from experiments.command import as_script
 from experiments.tables import cut, markdown, write_json
 
@@ -27,9 +25,9 @@ NETS = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's U
 
 def recipes() -> dict[str, pets.Recipe]:
     """Return the recipe of the ablations' base, with 32 base channels, for either optimiser."""
-    grid = json.loads(ablations.GRIDS["ablations"].read_text(encoding="utf-8"))
-    muon = pets.Recipe(**grid["base"]).but(BASE_CHANNELS=32)
-    return {"Muon": muon, "AdamW": muon.but(**grid["changes"]["AdamW_at_2e-3"])}
+    grid = sweep.read_grid(ablations.GRIDS["ablations"])
+    runs = {"Muon": "ablations_base_seed_0", "AdamW": "ablations_AdamW_at_2e-3_seed_0"}
+    return {name: pets.Recipe(**grid[run] | {"BASE_CHANNELS": 32}) for name, run in runs.items()}
 
 
 def load(folder: Path, recipe: pets.Recipe) -> tuple[pets.Pets, pets.Pets, pets.Pets]:
@@ -43,23 +41,6 @@ def load(folder: Path, recipe: pets.Recipe) -> tuple[pets.Pets, pets.Pets, pets.
         pets.load_pets(folder, held_out, side, "validation images", **scored),
         pets.load_pets(folder, test, side, "test images", **scored),
     )
-
-
-def new_model(name: str, smp: ModuleType, recipe: pets.Recipe) -> torch.nn.Module:
-    """Return an untrained net: 'ours', or the 'peer' of the package `smp`."""
-    torch.manual_seed(recipe.SEED)
-    if name == "ours":
-        return pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH)
-    return smp.Unet("resnet18", encoder_weights=None, classes=len(pets.CLASSES))
-
-
-def import_peer() -> ModuleType:
-    """Return the peer's package, which only a comparison needs. Errors: `InputError`."""
-    try:
-        return importlib.import_module("segmentation_models_pytorch")
-    except ImportError:
-        mend = "run pip install -r experiments/requirements.txt"
-        raise pets.InputError(f"the peer is not installed: {mend}.") from None
 
 
 def train_and_score(
@@ -83,13 +64,22 @@ def train_and_score(
 
 def compare(data_dir: str) -> dict:
     """Train and score both nets with both optimisers. Errors: `InputError`."""
-    smp = import_peer()  # before the long work
+    try:
+        import segmentation_models_pytorch as smp  # before the long work, and for it alone
+    except ImportError:
+        mend = "run pip install -r experiments/requirements.txt"
+        raise pets.InputError(f"the peer is not installed: {mend}.") from None
     splits = load(pets.find_dataset(data_dir), recipes()["Muon"])
+    makers = {
+        "ours": lambda recipe: pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH),
+        "peer": lambda _: smp.Unet("resnet18", encoder_weights=None, classes=len(pets.CLASSES)),
+    }
     runs = []
     for optimiser, recipe in recipes().items():
-        for net, label in NETS.items():
-            print(f"{label}, {optimiser}")
-            result = train_and_score(new_model(net, smp, recipe), splits, recipe)
+        for net, make in makers.items():
+            print(f"{NETS[net]}, {optimiser}")
+            torch.manual_seed(recipe.SEED)
+            result = train_and_score(make(recipe), splits, recipe)
             runs.append({"net": net, "optimiser": optimiser, **result})
     versions = {"smp": smp.__version__, "torch": torch.__version__}
     return {**versions, "threads": torch.get_num_threads(), "runs": runs}

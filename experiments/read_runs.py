@@ -58,8 +58,8 @@ class Run(BaseModel):
     @property
     def recipe(self) -> str:
         """All that it was trained by except for its seed: runs that share it repeat one another."""
-        names = sorted(self.parameters.keys() - pets.Recipe.PLACES - {"SEED"})
-        return str({name: self.parameters[name] for name in names})
+        names = self.parameters.keys() - pets.Recipe.PLACES - {"SEED"}
+        return str([(name, self.parameters[name]) for name in sorted(names)])
 
     @property
     def test_of(self) -> tuple[str, int, int]:
@@ -86,8 +86,8 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
             if path.suffix == ".csv":
                 runs += read_table(path)
             elif (path / "metrics.json").exists():
-                runs.append(check_run(pets.read_run(path), os.path.normpath(name)))
-        except (InputError, RecursionError) as error:
+                runs.append(read_folder(path, os.path.normpath(name)))
+        except InputError as error:
             told = " ".join(f"{os.path.normpath(name)} is left out: {error}".split())
             left_out.append(told.removesuffix(".") + ".")
     if not runs:
@@ -96,19 +96,24 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
     return runs, left_out
 
 
+def read_folder(path: Path, name: str = "") -> Run:
+    """Return the run in a folder that the project's root knows as `name`. Errors: `InputError`."""
+    try:
+        return check_run(pets.read_run(path), name)
+    except RecursionError:
+        what = f"there is no complete run in {path} (nested too deep)"
+        raise InputError(f"{what}: make the run again.") from None
+
+
 def check_run(given: dict, folder: str = "") -> Run:
     """Return a run that `read_run` or a table gave. Errors: `InputError`, with what is wrong."""
-    metrics = {name: value for name, value in given.items() if name not in ("history", "images")}
     try:
+        metrics = {**given}
+        history, counts = metrics.pop("history", []), read_counts(metrics.pop("images", []))
         (row,) = pd.json_normalize(metrics).to_dict("records")
-        inner = [name for name in row if name.startswith("parameters.")]
-        return Run(
-            row=row,
-            parameters={name.removeprefix("parameters."): row[name] for name in inner},
-            folder=folder,
-            history=given.get("history", []),
-            counts=read_counts(given.get("images", [])),
-        )
+        inner = [name.partition(".")[2] for name in row if name.startswith("parameters.")]
+        parameters = {name: row[f"parameters.{name}"] for name in inner}
+        return Run(row=row, parameters=parameters, folder=folder, history=history, counts=counts)
     except ValidationError as errors:
         error = errors.errors()[0]
         where = ".".join(map(str, error["loc"])).removeprefix("row.")
@@ -132,11 +137,11 @@ def read_counts(images: list[dict[str, str]]) -> dict[str, dict[str, np.ndarray]
 
 def to_table(runs: list[Run]) -> pd.DataFrame:
     """Return a table with a line for each run, without the parameters that say where it ran."""
-    rows = pd.DataFrame([run.row for run in runs])
-    parameters = pd.DataFrame([run.parameters for run in runs]).add_prefix("parameters.")
-    parameters = parameters.drop(columns=rows.columns, errors="ignore")
-    places = [f"parameters.{name}" for name in pets.Recipe.PLACES]
-    return rows.join(parameters.drop(columns=places, errors="ignore")).round(6)
+    rows = []
+    for run in runs:
+        names = [name for name in run.parameters if name not in pets.Recipe.PLACES]
+        rows.append(run.row | {f"parameters.{name}": run.parameters[name] for name in names})
+    return pd.DataFrame(rows).round(6)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

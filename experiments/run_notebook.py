@@ -1,15 +1,16 @@
 """Execute a notebook into runs/, with a run's NAME and papermill's options.
 
+    python -m experiments.command run NAME --recipe best --data FOLDER -p SEED 1
+
 `make run` and `make compare` call this. An executed notebook that is there is kept until the new
 one is complete, and whatever goes wrong is told in one last sentence.
 """
 
-import logging
+import argparse
 import os
-import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 import click
 import nbformat
@@ -19,11 +20,13 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.cli import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from support.parameters import InputError, check_folder_name, reason
+from experiments.terminal import fault_of, scores_of, show_progress
+from support.parameters import InputError, brief, check_folder_name, reason
 from support.safe_files import lock, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+RECIPES = ROOT / "recipes"  # parameters of runs, by name
 PAGE = NOTEBOOKS / "page.html.j2"  # how the executed notebook looks in a browser
 
 
@@ -31,7 +34,27 @@ def run(name: str, *options: str) -> None:
     """Execute the narrative into the folder runs/`name`. Errors: `InputError`."""
     check_folder_name(name, "NAME")
     output = ROOT / "runs" / name / "notebook.ipynb"
-    execute(NOTEBOOKS / "pet_segmentation.ipynb", output, ["-r", "RUN_NAME", name, *options])
+    execute(NOTEBOOKS / "pet_segmentation.ipynb", output, ["-r", "RUN_NAME", name, *read(options)])
+
+
+def read(options: Sequence[str]) -> list[str]:
+    """Return a run's options as papermill knows them: --recipe NAME, --data FOLDER, and its own.
+
+    Errors: `InputError` for a recipe that there is not.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--data")
+    try:
+        chosen, others = parser.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error.argument_name} {error.message}.") from None
+    recipes = {path.stem: ["-f", str(path)] for path in sorted(RECIPES.glob("*.yaml"))}
+    if chosen.recipe and chosen.recipe not in recipes:
+        there = f"name one of {', '.join(recipes)}"
+        raise InputError(f"there is no recipe {brief(chosen.recipe)}: {there}.")
+    data = ["-r", "DATA_DIR", chosen.data] if chosen.data else []
+    return [*recipes.get(chosen.recipe, []), *data, *others]
 
 
 def compare(*options: str) -> None:
@@ -48,7 +71,9 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
         lock(output.with_name(".notebook.lock"))
         draft.unlink(missing_ok=True)  # that of an earlier run would be taken for this one's
         once = "--no-request-save-on-cell-execute"  # twice a cell takes a tenth of the whole time
-        call_papermill(["--log-output", once, str(notebook), str(draft), *options], draft)
+        bar = show_progress(output.with_name("log.txt"))
+        command = [bar, "--log-output", once, str(notebook), str(draft), *options]
+        call_papermill(command, draft)
         if not draft.exists():
             return  # an option like --help-notebook printed what it was asked for
         executed = nbformat.read(draft, as_version=4)
@@ -64,13 +89,17 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
     except OSError as error:
         why = f"{output} cannot be written ({reason(error)})"
         raise InputError(f"{why}: make room, or choose another NAME.") from None
-    except (KeyboardInterrupt, SystemExit):  # papermill exits when its kernel dies, as by Ctrl-C
+    except KeyboardInterrupt:
         kept = output.with_name("checkpoint.pt")
         go_on = "start again"
         if kept.exists():
             go_on = f"{kept} keeps the complete epochs, to go on from with -p RESUME True"
         why = "the run was stopped, by Ctrl-C or for want of memory"
         raise InputError(f"{why}: {go_on}.") from None
+    metrics = output.with_name("metrics.json")
+    executed_now = tidy.metadata.get("papermill", {}).get("end_time")  # not by --prepare-only
+    if executed_now and metrics.exists():
+        print(scores_of(metrics))
     print(f"Done: open {page}")
 
 
@@ -81,16 +110,13 @@ def call_papermill(command: list[str], draft: Path) -> None:
     draft cannot be written.
     """
     quieten_kernel()
-    # After Ctrl-C it may tell, last and at length, of what was cut off.
-    logging.getLogger("asyncio").disabled = True
     try:
-        with patch("traceback.print_exc"):  # by which papermill would tell of a dead kernel
-            papermill.main(command, standalone_mode=False)
+        papermill.main(command, standalone_mode=False)
     except PapermillExecutionError as error:
         raise InputError(fault_of(error, draft)) from None
     except SystemExit as end:
         if end.code:  # of a dead kernel, not of --help-notebook
-            raise
+            raise KeyboardInterrupt from None
     except click.Abort:
         raise KeyboardInterrupt from None
     except click.ClickException as error:
@@ -104,22 +130,6 @@ def call_papermill(command: list[str], draft: Path) -> None:
         file = f" {error.filename}" if getattr(error, "filename", None) else ""
         sentence = f"papermill cannot do what its options ask for ({why}{file}): correct them."
         raise InputError(sentence) from None
-    finally:
-        print(file=sys.stderr)  # below the progress bar
-
-
-def fault_of(error: PapermillExecutionError, draft: Path) -> str:
-    """Return one sentence on the cell that ended a notebook, with its line if only that tells."""
-    if error.ename == "InputError":
-        return error.evalue
-    what = f"cell {error.exec_count} ended with {error.ename}"
-    if error.evalue.strip():
-        what += f": {error.evalue.strip().splitlines()[0][:200]}"
-    else:  # a bare assert, say: the line that the stack trace points at
-        trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
-        line = re.search(r"^-+> *(\d+) (.*)$", trace, re.MULTILINE)
-        what += f" in its line {line[1]}, {line[2].strip()}" if line else ""
-    return f"{what}; it is in {draft}."
 
 
 def quieten_kernel() -> None:

@@ -9,17 +9,13 @@ from pathlib import Path
 
 import petseg_utils as pets
 from experiments.command import as_script
-from experiments.read_runs import Run, check_run
+from experiments.read_runs import Run, read_folder
 from petseg_utils import InputError
 
 
 def read_scored(folder: Path) -> tuple[Run, pets.Recipe]:
     """Return a run on the real dataset and its recipe, both checked. Errors: `InputError`."""
-    try:
-        run = check_run(pets.read_run(folder))
-    except RecursionError:
-        what = f"there is no complete run in {folder} (nested too deep)"
-        raise InputError(f"{what}: make the run again.") from None
+    run = read_folder(folder)
     missing = pets.Recipe.model_fields.keys() - run.parameters.keys()
     if missing:
         what = f"{folder} is of an older version, without {', '.join(sorted(missing))}"

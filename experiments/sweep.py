@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from uuid import uuid4
 
 import papermill
 import torch
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from traitlets.config import Config
 
 import petseg_utils as pets
+from experiments.terminal import fault_of
 from petseg_utils import InputError
 from support.parameters import reason
 from support.safe_files import git_name
@@ -85,29 +85,23 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
     workers = workers or min(torch.cuda.device_count() or CPU_COUNT, len(runs))
     with start_workers(cluster, workers) as client:
         threads = threads_by_host(client)
-        topic = f"runs-{uuid4().hex}"  # a scheduler that already runs may serve others, too
-        bar = tqdm(desc="runs", total=len(recipes), leave=False)
-        started: set[str] = set()
-
-        def show() -> None:
-            bar.set_postfix_str("at work: " + ", ".join(sorted(started - outcomes.keys())))
-
-        def note_start(event: tuple[float, str]) -> None:
-            started.add(event[1])
-            show()
-
-        client.subscribe_topic(topic, note_start)
-        names = {}
-        for recipe in recipes:
-            key = f"{topic}-{recipe.RUN_NAME}"
-            future = client.submit(make_run, recipe.model_dump(), threads, topic, key=key)
-            names[future] = recipe.RUN_NAME
-        for future in as_completed(names):
-            outcomes[names[future]] = outcome_of(future, names[future])
-            bar.update()
-            show()
-        bar.close()
+        futures = {
+            client.submit(make_run, recipe.model_dump(), threads, pure=False): recipe.RUN_NAME
+            for recipe in recipes
+        }
+        with tqdm(as_completed(futures), "runs", len(recipes), leave=False) as bar:
+            bar.set_postfix_str(at_work(client, futures))
+            for future in bar:
+                outcomes[futures[future]] = outcome_of(future, futures[future])
+                bar.set_postfix_str(at_work(client, futures))
     return [outcomes[name] for name in runs]
+
+
+def at_work(client: Client, futures: dict[Future, str]) -> str:
+    """Return which of the runs the workers have in hand, by their futures."""
+    keys = {key for keys in client.processing().values() for key in keys}
+    names = sorted(name for future, name in futures.items() if future.key in keys)
+    return f"at work: {', '.join(names)}"
 
 
 @contextmanager
@@ -142,19 +136,14 @@ def start_workers(cluster: str, workers: int) -> Iterator[Client]:
             what = "have more than one thread" if threads else "are missing"
             mend = "start some with --nthreads 1, since a run needs a process of its own"
             raise InputError(f"the workers of {cluster} {what}: {mend}.")
-        check_imports(client, cluster)
+        try:
+            client.run_on_scheduler(this_host)
+            client.run(this_host)
+        except Exception as error:  # a worker's error comes back as a bare Exception
+            what = f"the scheduler at {cluster} or a worker can't import this project ({error})"
+            mend = "start them in its folder, with .venv/bin/python -m dask"
+            raise InputError(f"{what}: {mend}.") from None
         yield client
-
-
-def check_imports(client: Client, cluster: str) -> None:
-    """Check that scheduler and workers find this project's modules. Errors: `InputError`."""
-    try:
-        client.run_on_scheduler(this_host)
-        client.run(this_host)
-    except Exception as error:  # a worker's error comes back as a bare Exception
-        what = f"the scheduler at {cluster} or a worker can't import this project ({error})"
-        mend = "start them in its folder, with .venv/bin/python -m dask"
-        raise InputError(f"{what}: {mend}.") from None
 
 
 def this_host() -> tuple[str, int]:
@@ -170,21 +159,19 @@ def threads_by_host(client: Client) -> dict[str, int]:
     return dict.fromkeys(shares, int(chosen)) if chosen else shares
 
 
-def make_run(parameters: dict, threads: dict[str, int], topic: str) -> dict:
+def make_run(parameters: dict, threads: dict[str, int]) -> dict:
     """Make one run, in the process of a Dask worker, unless it is there; return its outcome.
 
     Dask calls this again if a worker is lost: the second call finds the first one's checkpoint.
     """
-    worker = get_worker()
     name, start = parameters["RUN_NAME"], perf_counter()
-    worker.log_event(topic, name)
     folder = pets.ROOT / "runs" / name
     try:
         outcome, why = "kept", what_is_there(folder, parameters)
         if not why:
             # Dask gives each worker one thread, and the kernel would inherit that.
             own = str(threads.get(socket.gethostname(), 1))
-            os.environ.update(OMP_NUM_THREADS=own, MKL_NUM_THREADS=own, **gpu_of(worker.name))
+            os.environ.update(OMP_NUM_THREADS=own, MKL_NUM_THREADS=own, **gpu_of(get_worker().name))
             execute(parameters, folder)
             outcome = "made"
     except InputError as error:
@@ -256,9 +243,7 @@ def execute(parameters: dict, folder: Path) -> None:
                 extra_arguments=["--log-level=CRITICAL"],  # it would break our progress bar
             )
     except PapermillExecutionError as error:
-        told = f"{error.ename}: {error.evalue}, see {output}."
-        if error.ename == "InputError":
-            told = error.evalue
+        told = fault_of(error, output)
     except DeadKernelError:
         told = "its kernel died, perhaps for want of memory: make the run alone to see where."
     except OSError as error:

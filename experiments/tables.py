@@ -4,7 +4,7 @@ import json
 from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 
-import petseg_utils as pets
+from support.safe_files import write_atomically
 
 
 def cut(value: float, digits: int) -> str:
@@ -15,7 +15,7 @@ def cut(value: float, digits: int) -> str:
 def write_json(path: Path, value: object) -> None:
     """Write a value as JSON."""
     text = json.dumps(value, indent=2) + "\n"
-    pets.write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:

@@ -28,12 +28,13 @@ from experiments.tables import cut, markdown, write_json
 
 DEVICE = pets.pick_device()
 PRECISION = pets.pick_precision("auto", DEVICE)
-SIDE, BATCH, WIDTH, DEPTH, STEPS = 128, 16, 32, 5, 2  # of the headline figures
-GROWING = {  # the slope of log cost by log size to expect, and the label of an axis
-    "side": (2, "side of the images, pixels"),
-    "width": (2, "base channels"),
-    "batch": (1, "images in the one batch"),
-    "images": (1, "images, in batches of 8"),
+SIDE, BATCH, STEPS = 128, 16, 2  # of the headline figures, with the course's net
+PLAIN = pets.Recipe(IMAGE_SIZE=SIDE, BASE_CHANNELS=32, MUON=False, LEARNING_RATE=1e-3)
+GROWING = {  # what grows, along which sizes, the slope of log cost to expect, an axis's label
+    "side": (["side"], [32, 64, 128, 256], 2, "side of the images, pixels"),
+    "width": (["width"], [8, 16, 32, 64], 2, "base channels"),
+    "batch": (["batch", "images"], [4, 8, 16, 32], 1, "images in the one batch"),
+    "images": (["images"], [8, 16, 32, 64], 1, "images, in batches of 8"),
 }
 
 
@@ -65,24 +66,23 @@ def random_pets(count: int, side: int) -> pets.Pets:
 
 def plain_step() -> Callable[[], None]:
     """Return the step as one writes it first: float32, defaults, nothing in place."""
-    model = pets.UNet(WIDTH, DEPTH).to(DEVICE).train()
+    model = pets.UNet(PLAIN.BASE_CHANNELS).to(DEVICE).train()
     for module in model.modules():
         if isinstance(module, nn.LeakyReLU):
             module.inplace = False
     return steps_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.float32)
 
 
-def fast_step(muon: bool = False) -> Callable[[], None]:
-    """Return the project's own step, with AdamW like the plain one, or with Muon."""
-    training = start_training(WIDTH, muon)
+def fast_step(recipe: pets.Recipe = PLAIN) -> Callable[[], None]:
+    """Return the project's own step."""
+    training = start_training(recipe)
     return steps_of(training.model, training.optimizer, PRECISION)
 
 
-def start_training(width: int, muon: bool = False) -> pets.Training:
-    """Return a training set up as `pets.train` does, with AdamW unless `muon`."""
+def start_training(recipe: pets.Recipe) -> pets.Training:
+    """Return a training set up as `pets.train` does, but for the memory that is kept."""
     layout = torch.contiguous_format if PRECISION is torch.float32 else torch.channels_last
-    model = pets.UNet(width, DEPTH).to(DEVICE, memory_format=layout).train()
-    recipe = pets.Recipe(MUON=muon, LEARNING_RATE=1e-3, BASE_CHANNELS=width)
+    model = pets.UNet(recipe.BASE_CHANNELS).to(DEVICE, memory_format=layout).train()
     return pets.Training.start(model, recipe, total_steps=10**6)
 
 
@@ -106,9 +106,9 @@ def steps_of(
 
 def epoch(side: int, batch: int, width: int, images: int, augment: float) -> Callable[[], float]:
     """Return an epoch of `pets.train_epoch`, with AdamW like the steps."""
-    training, data, bar = start_training(width), random_pets(images, side), tqdm(disable=True)
     sizes = {"IMAGE_SIZE": side, "BASE_CHANNELS": width, "BATCH_SIZE": batch}
-    recipe = pets.Recipe(**sizes, MUON=False, AUGMENT=augment)
+    recipe = PLAIN.but(**sizes, AUGMENT=augment)
+    training, data, bar = start_training(recipe), random_pets(images, side), tqdm(disable=True)
     return lambda: pets.train_epoch(training, data, recipe, bar)
 
 
@@ -122,8 +122,8 @@ HEADLINE = {  # what is measured: whether freed memory is kept, and what makes t
     "plain": (False, plain_step),
     "memory not kept": (False, fast_step),
     "step": (True, fast_step),
-    "with Muon": (True, lambda: fast_step(muon=True)),
-    "loop": (True, lambda: epoch(SIDE, BATCH, WIDTH, STEPS * BATCH, augment=1.0)),
+    "with Muon": (True, lambda: fast_step(PLAIN.but(MUON=True))),
+    "loop": (True, lambda: epoch(SIDE, BATCH, PLAIN.BASE_CHANNELS, STEPS * BATCH, augment=1.0)),
 }
 
 
@@ -158,13 +158,13 @@ def headline() -> dict:
     """Measure the step and the loop, at the size of the headline figures."""
     plain, before, step, with_muon, loop = in_turns().values()
     images = STEPS * BATCH
-    forward = sum(s.flops for s in pets.analyse_shapes(pets.UNet(WIDTH, DEPTH), SIDE))
+    forward = sum(s.flops for s in pets.analyse_shapes(pets.UNet(PLAIN.BASE_CHANNELS), SIDE))
     flops = 3 * forward * images / step  # the backward pass takes twice the forward pass's
     products = {name_of(p): matrix_product(p) for p in (torch.float32, torch.bfloat16)}
     return {
         "side": SIDE,
         "batch": BATCH,
-        "base_channels": WIDTH,
+        "base_channels": PLAIN.BASE_CHANNELS,
         "precision": name_of(PRECISION),
         "plain_images_per_second": images / plain,
         "step_images_per_second": images / step,
@@ -184,35 +184,22 @@ def name_of(precision: torch.dtype) -> str:
     return str(precision).removeprefix("torch.")
 
 
-def growth() -> dict[str, dict]:
-    """Measure seconds by side, width, batch and number of images, the rest being held still."""
-    pets.keep_freed_memory()
-
-    def grow(sizes: list[int], *names: str) -> dict:
-        """Let what `names` names grow along `sizes`."""
-        still = {"side": 64, "batch": 8, "width": 32, "images": 8}
-        epochs = [epoch(**still | dict.fromkeys(names, size), augment=0.0) for size in sizes]
-        works = [partial(seconds_of, one) for one in epochs]
-        seconds = least_seconds(f"cost by {names[0]}", *works)
-        # The smallest is mostly overhead, and left out.
-        slope, _ = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)
-        return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
-
-    return {
-        "side": grow([32, 64, 128, 256], "side"),
-        "width": grow([8, 16, 32, 64], "width"),
-        "batch": grow([4, 8, 16, 32], "batch", "images"),  # one step each
-        "images": grow([8, 16, 32, 64], "images"),
-    }
+def grow(name: str) -> dict:
+    """Measure seconds as one thing grows and the rest stays, and the slope of their logs."""
+    names, sizes, *_ = GROWING[name]
+    still = {"side": 64, "batch": 8, "width": 32, "images": 8}
+    epochs = [epoch(**still | dict.fromkeys(names, size), augment=0.0) for size in sizes]
+    seconds = least_seconds(f"cost by {name}", *(partial(seconds_of, one) for one in epochs))
+    slope, _ = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)  # the smallest: overhead
+    return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
 
 
 def plot_growth(measured: dict[str, dict]) -> plt.Figure:
     """Plot seconds by size, and the expected slope through the largest, on logarithmic axes."""
-    alt = "Seconds of training by side, width, batch and number of images, with expected slopes."
-    look = {"figsize": (12, 3.4), "sharey": True, "layout": "constrained"}
-    figure, panels = plt.subplots(1, 4, **look, label=alt)
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained")
     for axes, (name, line) in zip(panels, measured.items(), strict=True):
-        sizes, seconds, (slope, label) = np.array(line["sizes"]), line["seconds"], GROWING[name]
+        *_, slope, label = GROWING[name]
+        sizes, seconds = np.array(line["sizes"]), line["seconds"]
         expected = seconds[-1] * (sizes / sizes[-1]) ** slope
         axes.loglog(sizes, expected, ":", color="grey", label=f"expected, slope {slope}")
         told = f"measured, slope {line['slope']:.1f}"
@@ -260,9 +247,10 @@ def main() -> None:
     result = {"machine": platform.machine(), "threads": threads, "torch": torch.__version__}
     result["headline"] = headline()
     print(table(result["headline"]))
-    result["growth"] = growth()
+    pets.keep_freed_memory()
+    result["growth"] = {name: grow(name) for name in GROWING}
     for name, line in result["growth"].items():
-        print(f"cost by {name:10} slope {line['slope']:.1f}, expected {GROWING[name][0]}")
+        print(f"cost by {name:10} slope {line['slope']:.1f}, expected {GROWING[name][2]}")
     write_json(folder / f"throughput_{name_of(PRECISION)}.json", result)
     figure = plot_growth(result["growth"])
     picture = folder / "cost.png"
