@@ -5,11 +5,13 @@ import csv
 import re
 import subprocess
 import sys
+from copy import deepcopy
 
 import nbformat
 import numpy as np
 import pytest
 import torch
+from nbconvert import HTMLExporter
 from PIL import Image
 from torch.nn import functional as F
 
@@ -90,21 +92,6 @@ def test_papermill_lists_every_parameter_with_its_meaning():
 # ------------------------------------------------------------------------------------------- shapes
 
 
-@pytest.mark.parametrize(
-    ("counts", "unit", "text"),
-    [
-        ((66, 240, 522), "", "54b² + 12b"),
-        ((27, 108, 243), "N²", "27b²N²"),
-        ((6, 9, 12), "", "3b + 3"),
-        ((0,) * 3, "", "0"),
-    ],
-)
-def test_polynomial_finds_the_formula_of_a_count(counts, unit, text):
-    found, written = run_cells("shapes-polynomial")["polynomial"](counts, unit)
-    assert [np.polyval(found, b) for b in (1, 2, 3)] == list(counts)
-    assert written == text
-
-
 def test_table_of_the_courses_net_has_formulas_shares_and_totals():
     rows = re.findall(r"<tr>(.*?)</tr>", stored("shapes-course-total", "text/html"))
     table = {
@@ -113,6 +100,7 @@ def test_table_of_the_courses_net_has_formulas_shares_and_totals():
     }
     assert table["down2"][2:4] == ["54b² + 12b", "55,680"]
     assert table["down2"][5:7] == ["27b²N²", "1,811.9"]
+    assert (table["out"][2], table["pool1"][2]) == ("3b + 3", "0")
     assert table["all"][3] == f"{sum(p.numel() for p in pets.UNet(32, 5).parameters()):,}"
     shares = [float(cells[4].rstrip("%")) for name, cells in table.items() if name != "all"]
     assert sum(shares) == pytest.approx(100, abs=0.5)
@@ -126,31 +114,21 @@ def test_memory_of_a_step_is_predicted(b, depth, norms, side, images):
     space = run_cells("shapes-memory-predicted", "shapes-memory-measured")
     model = pets.UNet(b, depth, norms=norms)
     masks = torch.randint(3, (images, side, side), dtype=torch.uint8)
-    measured = space["measured_bytes"](
-        model, torch.zeros(images, 3, side, side, dtype=torch.uint8), masks
-    )
+    blank = torch.zeros(images, 3, side, side, dtype=torch.uint8)
+    measured = space["measured_bytes"](model, blank, masks)
     predicted = images * space["kept_bytes"](pets.analyse_shapes(model, side), norms)
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
-def test_nothing_outside_the_receptive_field_has_influence(level):
+def test_nothing_outside_the_receptive_field_has_influence():
     torch.manual_seed(0)
     model = pets.UNet(4, 3)
     influence = run_cells("field-influence")["influence"]
-    seen = influence(model, 2 * level, torch.randn(1, 3, 64, 64)).nonzero()
-    field = {step.name: step.receptive_field for step in pets.analyse_shapes(model, 64)}[
-        f"down{level}"
-    ]
-    widths = seen.max(dim=0).values - seen.min(dim=0).values + 1
-    assert widths.tolist() == [field, field]
-
-
-def test_a_larger_image_is_not_covered_at_depth_5():
-    assert stored("cell-041", "text").startswith(
-        "to see all of 64 x 64, it takes 96; enough: True\n"
-        "to see all of 256 x 256, it takes 288; enough: False\n"
-    )
+    fields = {step.name: step.receptive_field for step in pets.analyse_shapes(model, 64)}
+    for level in (1, 2, 3):
+        seen = influence(model, 2 * level, torch.randn(1, 3, 64, 64)).nonzero()
+        widths = seen.max(dim=0).values - seen.min(dim=0).values + 1
+        assert widths.tolist() == [fields[f"down{level}"]] * 2
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -168,59 +146,41 @@ def test_binary_iou_takes_the_border_for_pet():
     assert space["rows"][-1]["IoU"] == f"{expected:.3f}"
 
 
-def test_calibration_counts_more_than_float32_can():
-    many = 2**24 + 2**22
-    calibration = run_cells(
-        "cell-083", confidence=torch.tensor([0.5]), wrong=torch.tensor([False])
-    )["calibration"]
-    right = torch.ones(many, dtype=torch.bool)
-    right[: many // 4] = False
-    sure, correct, pixels = calibration(torch.full((many,), 0.99), right)
-    assert sure[-1].item() == pytest.approx(0.99, abs=1e-6)
-    assert correct[-1].item() == pytest.approx(0.75, abs=1e-6)
+def test_calibration_weighs_bins_and_counts_more_than_float32_can():
+    names = {"confidence": torch.tensor([0.4, 0.95, 0.95, 0.95])}
+    space = run_cells("cell-083", **names, wrong=torch.tensor([True, False, False, True]))
+    assert space["calibration_error"] == pytest.approx((0.4 + 3 * (0.95 - 2 / 3)) / 4)
+    right = torch.ones(2**24 + 2**22, dtype=torch.bool)
+    right[: len(right) // 4] = False
+    sure, correct, pixels = space["calibration"](torch.full(right.shape, 0.99), right)
+    assert [sure[-1].item(), correct[-1].item()] == pytest.approx([0.99, 0.75], abs=1e-6)
     assert pixels.tolist() == [0] * 7 + [1]
 
 
-def test_calibration_error_weighs_bins_by_their_pixels():
-    confidence = torch.tensor([0.4, 0.95, 0.95, 0.95])
-    space = run_cells(
-        "cell-083", confidence=confidence, wrong=torch.tensor([True, False, False, True])
-    )
-    assert space["calibration_error"] == pytest.approx((0.4 + 3 * (0.95 - 2 / 3)) / 4)
-
-
-def test_pictures_are_ranked_by_iou_and_empty_masks_stay_out(pets_fixture):
-    masks = pets_fixture.masks.clone()
+def test_pictures_are_ranked_by_iou_and_empty_masks_stay_out(request):
+    split = request.getfixturevalue("pets")
+    masks = split.masks.clone()
     masks[2] = 1  # an annotator forgot the pet
-    split = pets_fixture._replace(masks=masks)
-    model = pets.UNet(2, 2)
-    matrices = pets.evaluate(model, split, torch.float32)
-    names = {"test_pets": split, "test_matrices": matrices, "model": model, "asked": {}}
-    names["precision"] = torch.float32
-    space = run_cells("cell-076", **names)
-    ious = [pets.scores(matrices[i])["mean_iou"] for i in space["chosen"]]
-    assert 2 not in space["chosen"]
-    assert ious == sorted(ious, reverse=True)
-    assert ious[0] == max(pets.scores(m)["mean_iou"] for i, m in enumerate(matrices) if i != 2)
+    split = split._replace(masks=masks)
+    names = {"test_pets": split, "model": pets.UNet(2, 2), "precision": torch.float32}
+    matrices = pets.evaluate(names["model"], split, torch.float32)
+    chosen = run_cells("cell-076", **names, test_matrices=matrices, asked={})["chosen"]
+    ious = [pets.scores(matrix)["mean_iou"] for matrix in matrices]
+    shown = [ious[i] for i in chosen]
+    assert 2 not in chosen
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] == max(one for i, one in enumerate(ious) if i != 2)
 
 
-@pytest.fixture(name="pets_fixture")
-def _pets_fixture(request):
-    return request.getfixturevalue("pets")
-
-
-def test_alternative_texts_state_the_result():
-    results = 0
-    for cell in NARRATIVE.values():
-        for figure, caption in zip(
-            cell.get("outputs", []), cell.get("outputs", [])[1:], strict=False
-        ):
-            if "image/png" in figure.get("data", {}):
-                alt = figure.metadata["image/png"]["alt"]
-                plain = caption.data["text/markdown"].strip("*")
-                assert alt.startswith(plain)
-                results += bool(re.search(r"\d", alt.removeprefix(plain)))
-    assert results >= 10
+def test_checks_before_training_leave_no_trace_in_the_model(request, capsys):
+    torch.manual_seed(0)
+    model = pets.UNet(4, 2)
+    before = deepcopy(model.state_dict())
+    names = {"model": model, "train_pets": request.getfixturevalue("pets"), "deepcopy": deepcopy}
+    run_cells("cell-052", "cell-054", "cell-056", "cell-058", **names, device=torch.device("cpu"))
+    assert "one batch overfitted to more than 95 %: True" in capsys.readouterr().out
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # --------------------------------------------------------------------------------------------- quiz
@@ -310,7 +270,7 @@ def test_exercises_have_level_minutes_result_and_hints():
 
 
 def test_doctor_guides_the_learner_who_writes_the_unet(capsys):
-    """The starter of the exercise, with a right net and with one that forgot the skips."""
+    """The starter of the exercise, with a right net and with one that is no U-Net."""
     head, _, rest = CELLS["ex-5-code"].source.partition("    # yours")
     rest = rest[rest.index("\n") :].replace("ready = False", "ready = True")
     names = {"pets": pets, "torch": torch}
@@ -325,19 +285,21 @@ def test_doctor_guides_the_learner_who_writes_the_unet(capsys):
 # ----------------------------------------------------------------------------------- page and photo
 
 
-def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_path):
-    bar = nbformat.v4.new_output(
-        "stream", name="stderr", text="epoch 1:  50%|##   |\repoch 1: 100%|####|\r          \r"
-    )
-    said = nbformat.v4.new_output("stream", name="stderr", text="a warning\n")
-    cell = nbformat.v4.new_code_cell("train()", outputs=[bar, said])
-    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"title": "A title"})
-    nbformat.write(notebook, tmp_path / "one.ipynb")
+def streams(*texts: str) -> nbformat.NotebookNode:
+    """Return a notebook with a cell that wrote these texts to its standard error."""
+    outputs = [nbformat.v4.new_output("stream", name="stderr", text=text) for text in texts]
+    cell = nbformat.v4.new_code_cell("train()", outputs=outputs)
+    return nbformat.v4.new_notebook(cells=[cell], metadata={"title": "A title"})
+
+
+def page_of(notebook: nbformat.NotebookNode) -> str:
     template = pets.ROOT / "notebooks" / "page.html.j2"
-    options = ["--to", "html", "--template-file", str(template)]
-    command = [sys.executable, "-m", "nbconvert", *options, "one.ipynb"]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
-    page = (tmp_path / "one.html").read_text(encoding="utf-8")
+    return HTMLExporter(template_file=str(template)).from_notebook_node(notebook)[0]
+
+
+def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress():
+    bar = "epoch 1:  50%|##   |\repoch 1: 100%|####|\r          \r"
+    page = page_of(streams(bar, "a warning\n"))
     assert "<title>A title</title>" in page
     assert "http" not in page
     assert page.count('class="output_stream"') == 1
@@ -345,14 +307,19 @@ def test_page_has_a_title_needs_no_network_and_shows_no_cleared_progress(tmp_pat
     assert "epoch" not in page
 
 
+def test_only_wide_figures_scroll_on_a_phone():
+    data, notebook = {"image/png": "iVBORw0KGgo="}, nbformat.v4.new_notebook()
+    sizes = {"image/png": {"width": 480}}, {"image/png": {"width": 1440}}, {}
+    outputs = [nbformat.v4.new_output("display_data", data, metadata=size) for size in sizes]
+    notebook.cells = [nbformat.v4.new_code_cell("plot()", outputs=outputs)]
+    kinds = re.findall(r'<div class="(\w*)">\s*<div class="output_png', page_of(notebook))
+    assert kinds == ["", "wide", "wide"]
+
+
 def test_a_run_stores_only_the_last_state_of_a_progress_bar(tmp_path, monkeypatch):
     states = "epoch 1:  50%|##   |", "\repoch 1: 100%|####|", "\r          \r", "a warning"
-    outputs = [nbformat.v4.new_output("stream", name="stderr", text=state) for state in states]
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("train()", outputs=outputs)]
-    )
     monkeypatch.setattr(
-        run_notebook, "call_papermill", lambda command, draft: nbformat.write(notebook, draft)
+        run_notebook, "call_papermill", lambda _, draft: nbformat.write(streams(*states), draft)
     )
     run_notebook.execute(tmp_path / "any.ipynb", tmp_path / "notebook.ipynb", [])
     (cell,) = nbformat.read(tmp_path / "notebook.ipynb", as_version=4).cells
