@@ -1,6 +1,7 @@
-"""Check the answers to the quiz in pet_segmentation.ipynb: compute the truth, say why one is wrong.
+"""Check the answers to the notebooks' quizzes: compute the truth, say why one is wrong.
 
-A file of its own, so that the notebook does not show the answers beside the questions.
+A file of its own, so that a notebook does not show the answers beside the questions. The first
+eight questions are asked in pet_segmentation.ipynb, the others in going_deeper.ipynb.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,11 @@ def check(number: int, answer: object) -> None:
     """Print what there is to say about an answer; None, or a function that returns it, is none."""
     answered = answer is not None and answer is not ...
     print(f"{number}: {QUESTIONS[number](answer) if answered else UNANSWERED}")
+
+
+def solution(number: int) -> None:
+    """Print the solution of a question."""
+    print(SOLUTIONS[number].strip())
 
 
 def compare(answer: object, truth: object, mistakes: dict, otherwise: str) -> str:
@@ -187,13 +193,36 @@ def write_level(answer: Callable) -> str:
 
 QUESTIONS = {
     1: channels,
-    2: positions,
-    3: largest_side,
-    4: mixed_label,
-    5: dice_of_half,
-    6: even_loss,
-    7: norm_parameters,
-    8: depth_to_see_all,
-    9: write_iou,
-    10: write_level,
+    2: largest_side,
+    3: mixed_label,
+    4: dice_of_half,
+    5: even_loss,
+    6: norm_parameters,
+    7: write_iou,
+    8: write_level,
+    9: positions,
+    10: depth_to_see_all,
+}
+SOLUTIONS = {
+    1: "512. down4 keeps 8b = 256 channels, the upsampled tensor has as many, and the\n"
+    "concatenation stacks both.",
+    2: "576 = 18 · 32. Five halvings need a multiple of 2⁵ = 32; the side itself need not be a\n"
+    "power of two.",
+    3: "background: (1 + 3) / 2 = 2.",
+    4: "0.67. Dice = 2 IoU / (1 + IoU) = 1 / 1.5.",
+    5: "1.10 = ln 3, which is minus the logarithm of 1/3.",
+    6: "64: a scale and a shift for each of 32 channels. Mean and variance are measured, not\n"
+    "learned.",
+    7: """
+hits = matrix.diagonal()
+return hits / (matrix.sum(0) + matrix.sum(1) - hits)
+
+# The sum of the row and that of the column both count the hits; the union has them only once.""",
+    8: """
+x = F.interpolate(x, scale_factor=2)
+return up(torch.cat((x, skip), dim=1))""",
+    9: "4. Half the side in both directions leaves a quarter of the positions, and a quarter\n"
+    "times four is one.",
+    10: "6. At depth 5 it sees 284 pixels, but half a cell off the centre it would need\n"
+    "256 + 32 = 288. (At depth 6 it sees 572.)",
 }

@@ -10,25 +10,24 @@ from itertools import pairwise
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 import petseg_utils
 
 NOTEBOOK = petseg_utils.ROOT / "notebooks" / "pet_segmentation.ipynb"
-COMPARE = NOTEBOOK.with_name("compare_runs.ipynb")
-CELLS = {path.stem: nbformat.read(path, as_version=4).cells for path in (NOTEBOOK, COMPARE)}
+# How much there must be of what a test looks at, lest it pass for want of anything to look at.
+FEWEST = {
+    "pet_segmentation": {"sections": 11, "shows": 28, "figures": 11, "files": 6, "results": 10},
+    "going_deeper": {"sections": 7, "shows": 9, "figures": 3, "files": 1, "results": 3},
+    "compare_runs": {"sections": 7, "shows": 1, "figures": 3, "files": 1, "results": 0},
+}
+PATHS = [NOTEBOOK.with_name(f"{stem}.ipynb") for stem in FEWEST]
+CELLS = {path.stem: nbformat.read(path, as_version=4).cells for path in PATHS}
 CODE = {stem: [cell for cell in cells if cell.cell_type == "code"] for stem, cells in CELLS.items()}
 NARRATIVE = CODE[NOTEBOOK.stem]
 (PARAMETERS_CELL,) = [cell for cell in NARRATIVE if "parameters" in cell.metadata.get("tags", [])]
 EACH = pytest.mark.parametrize("stem", CELLS)
-# How much there must be of what a test looks at, lest it pass for want of anything to look at.
-FEWEST = {
-    NOTEBOOK.stem: {"sections": 10, "shows": 31, "figures": 10},
-    COMPARE.stem: {"sections": 7, "shows": 1, "figures": 3},
-}
 TINY = {"IMAGE_SIZE": 32, "BASE_CHANNELS": 4, "DEPTH": 2, "EPOCHS": 1, "LIMIT": 60, "BATCH_SIZE": 8}
 
 
@@ -66,7 +65,7 @@ def test_one_h1_and_no_skipped_level(stem):
 
 @EACH
 def test_contents_name_every_section(stem):
-    links = re.findall(r"\]\(#([^)]+)\)", CELLS[stem][0].source)
+    links = [link for cell in CELLS[stem] for link in re.findall(r"\]\(#([^)]+)\)", cell.source)]
     assert links == [title.replace(" ", "-") for level, title in headings(stem) if level == 2]
     assert len(links) >= FEWEST[stem]["sections"]
 
@@ -74,7 +73,7 @@ def test_contents_name_every_section(stem):
 @EACH
 def test_links_to_files_resolve(stem):
     links = [link for cell in CELLS[stem] for link in re.findall(r"\]\(([^)#:]+)\)", cell.source)]
-    assert links
+    assert len(links) >= FEWEST[stem]["files"]
     assert all((NOTEBOOK.parent / link).exists() for link in links)
 
 
@@ -82,8 +81,8 @@ def test_links_to_files_resolve(stem):
 def test_code_cells_are_short(stem):
     for cell in CODE[stem]:
         lines = cell.source.splitlines()
-        assert len(lines) <= 15 or cell is PARAMETERS_CELL, cell.source
-        assert all(len(line) <= 100 for line in lines), cell.source
+        most = 10 if "plt.subplots(" in cell.source and stem == NOTEBOOK.stem else 15
+        assert len(lines) <= most or cell is PARAMETERS_CELL, cell.source
 
 
 @EACH
@@ -103,14 +102,6 @@ def test_default_run_is_within_its_bounds():
     assert within == [("pixel_accuracy", "True"), ("mean_iou", "True")]
 
 
-def test_readme_pictures_and_links_exist():
-    links = re.findall(
-        r"\]\(([^):#]+)[^):]*\)", (petseg_utils.ROOT / "README.md").read_text(encoding="utf-8")
-    )
-    assert links
-    assert all((petseg_utils.ROOT / link).exists() for link in links)
-
-
 @EACH
 def test_no_error_progress_or_path_of_a_machine_is_stored(stem):
     stored = deepcopy(outputs(stem))
@@ -124,19 +115,18 @@ def test_no_error_progress_or_path_of_a_machine_is_stored(stem):
 
 
 @EACH
-def test_figures_have_alt_text_that_begins_with_the_caption(stem):
-    figures = 0
-    for cell in CODE[stem]:
-        for number, output in enumerate(cell.outputs):
-            if "image/png" not in output.get("data", {}):
-                continue
-            alt = output.metadata["image/png"]["alt"]
-            assert len(alt) > 20
-            caption = cell.outputs[number + 1].data["text/markdown"]
-            assert alt.startswith(caption.strip("*"))
-            assert len(caption) > 20
-            figures += 1
-    assert figures >= FEWEST[stem]["figures"]
+def test_figures_have_alt_text_that_begins_with_the_caption_and_states_the_result(stem):
+    pairs = [pair for cell in CODE[stem] for pair in pairwise(cell.outputs)]
+    pairs = [pair for pair in pairs if "image/png" in pair[0].get("data", {})]
+    results = 0
+    for figure, said in pairs:
+        alt, caption = figure.metadata["image/png"]["alt"], said.data["text/markdown"].strip("*")
+        assert alt.startswith(caption)
+        assert len(caption) > 20
+        results += bool(re.search(r"\d", alt.removeprefix(caption)))
+    assert len(pairs) == sum("image/png" in one.get("data", {}) for one in outputs(stem))
+    assert len(pairs) >= FEWEST[stem]["figures"]
+    assert results >= FEWEST[stem]["results"]
 
 
 @EACH
@@ -156,42 +146,6 @@ def test_parameters_cell_is_that_of_the_recipe():
     lines = PARAMETERS_CELL.source.splitlines()
     assert [line for line in lines if not line.startswith("#")] == expected
     assert [n for n, line in enumerate(lines) if line.startswith("#")] == [8]
-
-
-# ------------------------------------------------------------------- cells
-
-
-def section(title: str) -> list[str]:
-    """Return the code of the narrative's section (level 2) of that title."""
-    texts = [(cell.cell_type, cell.source) for cell in CELLS[NOTEBOOK.stem]]
-    starts = [
-        i
-        for i, (kind, text) in enumerate(texts)
-        if kind == "markdown" and re.search("^## ", text, re.MULTILINE)
-    ]
-    (start,) = [i for i in starts if re.search(f"^## {title}$", texts[i][1], re.MULTILINE)]
-    end = min((i for i in starts if i > start), default=len(texts))
-    return [text for kind, text in texts[start:end] if kind == "code"]
-
-
-def test_checks_before_training_leave_no_trace_in_the_model(pets, capsys):
-    torch.manual_seed(0)
-    model = petseg_utils.UNet(4, 2)
-    before = deepcopy(model.state_dict())
-    here = {
-        "model": model,
-        "train_pets": pets,
-        "device": torch.device("cpu"),
-        "precision": torch.float32,
-    }
-    here |= {"pets": petseg_utils, "np": np, "torch": torch, "F": F, "deepcopy": deepcopy}
-    cells = section("Check before you train")
-    assert len(cells) >= 4
-    for source in cells:
-        exec(source, here)
-    assert "one batch overfitted to more than 95 %: True" in capsys.readouterr().out
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # ------------------------------------------------------------------- papermill
@@ -269,7 +223,8 @@ def test_nbval_goes_red_for_a_wrong_model_and_for_a_wrong_output(tmp_path):
         for cell in NARRATIVE
         if cell.source.startswith("net = pets.UNet(base_channels=32, depth=5)")
     ]
-    first = nbformat.v4.new_code_cell("import petseg_utils as pets", execution_count=1)
+    imports = "import petseg_utils as pets\nfrom IPython.display import HTML"
+    first = nbformat.v4.new_code_cell(imports, execution_count=1)
     (tmp_path / "notebooks").mkdir()
     copy = tmp_path / "notebooks" / "shapes.ipynb"
     kernel = nbformat.read(NOTEBOOK, as_version=4).metadata

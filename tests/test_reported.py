@@ -262,7 +262,7 @@ def test_text_is_read_as_utf_8_whatever_the_locale(execute, tmp_path, monkeypatc
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(pets.ROOT))
     page = pets.ROOT / "notebooks" / "explorer.html"
-    cells = nbformat.read(pets.ROOT / "notebooks" / "pet_segmentation.ipynb", 4).cells
+    cells = nbformat.read(pets.ROOT / "notebooks" / "going_deeper.ipynb", 4).cells
     lines = [line for cell in cells for line in cell.source.splitlines()]
     (reads,) = [line for line in lines if line.startswith("page = ")]
     execute(
