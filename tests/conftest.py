@@ -19,17 +19,6 @@ from drawn import draw_pets
 from petseg_utils import ROOT, InputError, Pets, draw_sample_pets
 
 
-@contextmanager
-def new_run_folder() -> Iterator[Path]:
-    """Make a folder in runs/ that no other test run has, and remove it at the end."""
-    (ROOT / "runs").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="test-", dir=ROOT / "runs"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
 def alike(one: object, other: object) -> bool:
     """Return whether two contents of torch files are the same."""
     if isinstance(one, torch.Tensor):
@@ -56,9 +45,11 @@ def at_step(model: nn.Module, number: int, act: Callable[[], object]) -> None:
 
 @pytest.fixture
 def run_folder() -> Iterator[Path]:
-    """Return a run's folder in runs/, empty, removed afterwards."""
-    with new_run_folder() as folder:
-        yield folder
+    """Return a folder in runs/ that no other test run has, empty, removed afterwards."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="test-", dir=ROOT / "runs"))
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

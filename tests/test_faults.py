@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -414,18 +415,13 @@ def ctrl_c() -> None:
     raise KeyboardInterrupt
 
 
-def words_of(path: Path | None, epochs: int) -> list[str]:
-    """Return what an interrupted training says of its checkpoint."""
-    kept = f"{path} keeps {epochs}" if path and epochs else "none was kept"
-    return ["of 3 epochs", kept, "run this cell again"]
-
-
 @pytest.mark.parametrize("steps", range(6))
 def test_interrupted_training_says_what_is_kept_and_the_same_cell_goes_on(tmp_path, splits, steps):
     path, whole, model = tmp_path / "checkpoint.pt", new_net(), new_net()
     history = train(whole, *splits, TINY)
     at_step(model, steps, ctrl_c)
-    with one_sentence(*words_of(path, steps // 2)):
+    kept = f"{path} keeps {steps // 2}" if steps >= 2 else "none was kept"
+    with one_sentence("of 3 epochs", kept, "run this cell again"):
         train(model, *splits, TINY, path)
     assert same_weights(model, new_net())  # as before the cell
     again = train(model, *splits, TINY, path)
@@ -435,28 +431,16 @@ def test_interrupted_training_says_what_is_kept_and_the_same_cell_goes_on(tmp_pa
 
 
 @pytest.mark.parametrize("changes", [{}, {"LEARNING_RATE": 0.002}], ids=["no file", "other recipe"])
-def test_interrupted_training_that_has_nothing_to_go_on_from_starts_anew(tmp_path, splits, changes):
-    """Because there was no checkpoint to write, or because it is of another recipe, and is kept."""
+def test_interrupted_training_without_its_own_checkpoint_starts_anew(tmp_path, splits, changes):
     path, other = tmp_path / "checkpoint.pt" if changes else None, TINY.but(**changes)
     whole, model = new_net(), new_net()
     train(whole, *splits, other)
     at_step(model, 3, ctrl_c)
-    with one_sentence(*words_of(path, 1)):
+    with one_sentence(path or "none was kept"):
         train(model, *splits, TINY, path)
     train(model, *splits, other, path)
     assert same_weights(model, whole)
     assert not path or len(load_tensors(path.with_suffix(".old.pt"))["history"]) == 1
-
-
-def test_resume_without_a_checkpoint_starts_anew(tmp_path, splits):
-    recipe = TINY.but(RESUME=True)
-    assert len(train(new_net(), *splits, recipe, tmp_path / "checkpoint.pt")) == 3
-
-
-def test_class_that_never_occurs_has_no_score_and_costs_no_results(tmp_path, splits):
-    matrices = torch.tensor([[[5, 1, 0], [2, 9, 0], [0, 0, 0]]] * 8)
-    pets.save_run(tmp_path, {}, [{"epoch": 1}], {"test": (splits[1], matrices)})
-    assert pets.read_run(tmp_path)["test"]["iou"]["border"] is None
 
 
 def test_no_images_are_told(splits):
@@ -482,37 +466,30 @@ def checkpoint(tmp_path_factory, splits) -> Path:
     return path
 
 
-def flipped(data: bytes, bit: int) -> bytes:
-    damaged = bytearray(data)
-    damaged[bit // 8] ^= 1 << bit % 8
-    return damaged
+@pytest.fixture(params=["checkpoint", "weights", "small file"])
+def intact_file(request, checkpoint, tmp_path) -> Path:
+    """Return a file of tensors to damage."""
+    content, small = load_tensors(checkpoint), torch.arange(20.0) if LONG else torch.ones(1)
+    kinds = {"checkpoint": content, "weights": content["model"], "small file": {"a": small}}
+    save_tensors(tmp_path / f"{request.param}.pt", kinds[request.param])
+    return tmp_path / f"{request.param}.pt"
 
 
-@pytest.mark.parametrize("kind", ["checkpoint.pt", "weights.pt"])
-def test_flipped_bits_are_refused_or_hit_nothing(checkpoint, tmp_path, kind):
-    path = tmp_path / kind
-    content = load_tensors(checkpoint)
-    save_tensors(path, content if kind == "checkpoint.pt" else content["model"])
-    intact, data = load_tensors(path), path.read_bytes()
-    drawn = random.Random(0)
-    for _ in range(FLIPS // 2):
-        bit = drawn.randrange(8 * len(data))
-        path.write_bytes(flipped(data, bit))
+def test_flipped_bits_are_refused_or_hit_nothing(intact_file):
+    """Some, drawn, of those of a large file; each one, or each seventh, of a small one."""
+    intact, data = load_tensors(intact_file), intact_file.read_bytes()
+    bits = range(8 * len(data))
+    small = intact_file.stem == "small file"
+    some = bits[:: 1 if LONG else 7] if small else random.Random(0).choices(bits, k=FLIPS // 2)
+    for bit in some:
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        intact_file.write_bytes(damaged)
         try:
-            assert alike(load_tensors(path), intact), bit
+            assert alike(load_tensors(intact_file), intact), bit
             note()
         except InputError as error:
-            told(str(error), path)
-
-
-def test_every_bit_of_a_small_file_is_guarded(tmp_path):
-    path = tmp_path / "small.pt"
-    save_tensors(path, {"a": torch.arange(20.0)} if LONG else {"a": torch.ones(1)})
-    intact, data = load_tensors(path), path.read_bytes()
-    for bit in range(0, 8 * len(data), 1 if LONG else 7):
-        path.write_bytes(flipped(data, bit))
-        with suppress(InputError):
-            assert alike(load_tensors(path), intact), bit
+            told(str(error), intact_file)
 
 
 NAN, GONE = math.nan, object()
@@ -621,10 +598,6 @@ def test_file_that_is_no_checkpoint_is_refused_and_runs_no_code(
     assert not (tmp_path / "evil").exists()
 
 
-def test_weights_kept_before_there_were_checks_still_load():
-    pets.load_weights(pets.ROOT / "notebooks" / "oxford_run" / "weights.pt", UNet(32))
-
-
 # ----------------------------------------------------------------------------------------- datasets
 
 
@@ -665,14 +638,17 @@ def rewritten(file: str, change):
     return damage
 
 
-def listed(change, file: str = TRAINVAL):
-    """Return a damage that changes each line of a split's file."""
-    return rewritten(file, lambda text: "".join(map(change, text.splitlines(keepends=True))))
+trainval = partial(rewritten, TRAINVAL)
+
+
+def listed(change):
+    """Return a damage that changes each line of trainval.txt."""
+    return trainval(lambda text: "".join(map(change, text.splitlines(keepends=True))))
 
 
 def named(name: str):
     """Return a damage that lists a name which is not there."""
-    return rewritten(TRAINVAL, lambda text: f"{text}{name} 1 1 1\n")
+    return trainval(lambda text: f"{text}{name} 1 1 1\n")
 
 
 def renamed(new: str, encoding: str = "utf-8"):
@@ -681,9 +657,7 @@ def renamed(new: str, encoding: str = "utf-8"):
     def damage(folder):
         for file in (PHOTO, TRIMAP):
             (folder / file).rename(folder / file.replace("Bengal_1", new))
-        rewritten(TRAINVAL, lambda text: text.replace("Bengal_1 ", f"{new} ").encode(encoding))(
-            folder
-        )
+        trainval(lambda text: text.replace("Bengal_1 ", f"{new} ").encode(encoding))(folder)
 
     return damage
 
@@ -704,15 +678,15 @@ def encode(image: Image.Image, format: str, mode: str = "", **options) -> bytes:
     return buffer.getvalue()
 
 
-def recoded(*arguments, file: str = PHOTO, **options):
+def recoded(*arguments, **options):
     """Return a damage that stores a photo in another format or mode: see `encode`."""
-    return rewritten(file, lambda image: encode(image, *arguments, **options))
+    return rewritten(PHOTO, lambda image: encode(image, *arguments, **options))
 
 
-def pointed(*values: int, file: str = TRIMAP):
+def pointed(*values: int):
     """Return a damage that stores other values for 0, 1, 2, ... in a trimap."""
     table = [*values, *[values[-1]] * (256 - len(values))]
-    return rewritten(file, lambda image: encode(image.point(table), "PNG"))
+    return rewritten(TRIMAP, lambda image: encode(image.point(table), "PNG"))
 
 
 def turned(note: int, stored=None, trimap_too: bool = False, square: bool = False):
@@ -758,25 +732,21 @@ def grey16(image):
 TURN = Image.Transpose
 RIGHT = {  # these load as the intact dataset does
     "as it is": lambda folder: None,
-    "UTF-8 with BOM": rewritten(TRAINVAL, lambda text: b"\xef\xbb\xbf" + text.encode()),
-    "UTF-16": rewritten(TRAINVAL, lambda text: text.encode("utf-16")),
-    "UTF-16, big end first": rewritten(
-        TRAINVAL, lambda text: b"\xfe\xff" + text.encode("utf-16-be")
-    ),
-    "Latin-1 comment": rewritten(
-        TRAINVAL, lambda text: "# ausgewählt\n".encode("latin-1") + text.encode()
-    ),
+    "UTF-8 with BOM": trainval(lambda text: b"\xef\xbb\xbf" + text.encode()),
+    "UTF-16": trainval(lambda text: text.encode("utf-16")),
+    "UTF-16, big end first": trainval(lambda text: b"\xfe\xff" + text.encode("utf-16-be")),
+    "Latin-1 comment": trainval(lambda text: "# ausgewählt\n".encode("latin-1") + text.encode()),
     "Latin-1 name": renamed("Bengalé_1", "latin-1"),
     "UTF-8 name": renamed("孟加拉_1"),
     "UTF-16 name": renamed("孟加拉_1", "utf-16"),
-    "line ends of Windows": rewritten(TRAINVAL, lambda text: text.replace("\n", "\r\n")),
-    "line ends of an old Mac": rewritten(TRAINVAL, lambda text: text.replace("\n", "\r")),
-    "no last line end": rewritten(TRAINVAL, lambda text: text.rstrip()),
-    "blank lines": rewritten(TRAINVAL, lambda text: text.replace("\n", "\n \n")),
-    "comment": rewritten(TRAINVAL, lambda text: "#Image CLASS-ID\n" + text),
-    "indented comment": rewritten(TRAINVAL, lambda text: "   # Image\n\t#\n" + text),
-    "tabs": rewritten(TRAINVAL, lambda text: text.replace(" ", "\t")),
-    "spaces around": rewritten(TRAINVAL, lambda text: text.replace("\n", "   \n  ")),
+    "line ends of Windows": trainval(lambda text: text.replace("\n", "\r\n")),
+    "line ends of an old Mac": trainval(lambda text: text.replace("\n", "\r")),
+    "no last line end": trainval(lambda text: text.rstrip()),
+    "blank lines": trainval(lambda text: text.replace("\n", "\n \n")),
+    "comment": trainval(lambda text: "#Image CLASS-ID\n" + text),
+    "indented comment": trainval(lambda text: "   # Image\n\t#\n" + text),
+    "tabs": trainval(lambda text: text.replace(" ", "\t")),
+    "spaces around": trainval(lambda text: text.replace("\n", "   \n  ")),
     "names alone": listed(lambda line: f"{line.split()[0]}\n"),
     "one column less": listed(lambda line: f"{line.rsplit(' ', 1)[0]}\n"),
     "name with a space": renamed("Ben gal_1"),
@@ -1211,14 +1181,6 @@ def test_download_to_a_full_disk_is_told(server, tiny_disk):
 # ----------------------------------------------------------------------------------------- make run
 
 
-@pytest.fixture
-def run_name():
-    """The name of a run, whose folder is removed afterwards."""
-    name = f"test-faults-{os.getpid()}"
-    yield name
-    shutil.rmtree(pets.ROOT / "runs" / name, ignore_errors=True)
-
-
 VALUES = {"IMAGE_SIZE": 32, "BASE_CHANNELS": 4, "DEPTH": 2, "BATCH_SIZE": 8}
 
 
@@ -1277,16 +1239,16 @@ def test_interrupt_while_the_modules_load_ends_in_one_sentence(tmp_path, words, 
 
 
 @long
-def test_finished_notebook_survives_a_run_that_fails(run_name):
-    notebook = pets.ROOT / "runs" / run_name / "notebook.ipynb"
-    said, _ = start_run(run_name).communicate(timeout=LONGEST)
+def test_finished_notebook_survives_a_run_that_fails(run_folder):
+    notebook = run_folder / "notebook.ipynb"
+    said, _ = start_run(run_folder.name).communicate(timeout=LONGEST)
     assert said.strip().endswith("notebook.html")
     kept = notebook.read_bytes()
     for name, value in (
         ("EPOCHS", 0), ("EPOCH", 3), ("pets", 5), ("PHOTO", "nothing.jpg"), ("PHOTO", "x" * 300),
         ("EPOCHS", f"1{'0' * 5000}"), ("DATASET", "cats"), ("SCORE_SIZE", 7), ("DEVICE", "abacus"),
     ):  # fmt: skip
-        told(last_line(start_run(run_name, **{name: value})))
+        told(last_line(start_run(run_folder.name, **{name: value})))
         assert notebook.read_bytes() == kept
 
 
@@ -1295,14 +1257,12 @@ def test_finished_notebook_survives_a_run_that_fails(run_name):
     (".notebook.lock", signal.SIGINT), (".lock", signal.SIGINT), ("figures", signal.SIGINT),
     ("checkpoint.pt", signal.SIGINT), ("checkpoint.pt", signal.SIGKILL),
 ])  # fmt: skip
-def test_stopped_run_ends_in_one_sentence(run_name, moment, fault):
-    folder = pets.ROOT / "runs" / run_name
-    folder.mkdir(parents=True)
-    (folder / "unfinished.ipynb").write_text("of an earlier run", encoding="utf-8")
+def test_stopped_run_ends_in_one_sentence(run_folder, moment, fault):
+    (run_folder / "unfinished.ipynb").write_text("of an earlier run", encoding="utf-8")
     # A shell lets what runs in the background ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = start_run(run_name, EPOCHS=1000)
-    wait_for(folder / moment)
+    process = start_run(run_folder.name, EPOCHS=1000)
+    wait_for(run_folder / moment)
     if fault == signal.SIGINT:
         process.send_signal(fault)
     else:
@@ -1310,15 +1270,13 @@ def test_stopped_run_ends_in_one_sentence(run_name, moment, fault):
             kernel.send_signal(fault)
     go_on = "go on from" if moment == "checkpoint.pt" else "start again"
     told(last_line(process), "stopped", go_on)
-    assert moment == ".notebook.lock" or not (folder / "unfinished.ipynb").exists()
+    assert moment == ".notebook.lock" or not (run_folder / "unfinished.ipynb").exists()
 
 
 @long
-def test_second_run_of_a_name_is_refused(run_name):
-    folder = pets.ROOT / "runs" / run_name
-    folder.mkdir(parents=True)
-    with FileLock(folder / ".notebook.lock"):
-        told(last_line(start_run(run_name)), "another run", "NAME")
+def test_second_run_of_a_name_is_refused(run_folder):
+    with FileLock(run_folder / ".notebook.lock"):
+        told(last_line(start_run(run_folder.name)), "another run", "NAME")
 
 
 @long
@@ -1326,8 +1284,8 @@ def test_second_run_of_a_name_is_refused(run_name):
     "values",
     [{"DEPTH": 5}, {"SCORE_SIZE": 512}, {"BASE_CHANNELS": 32, "DEPTH": 5, "IMAGE_SIZE": 64}],
 )
-def test_forecast_of_the_memory_is_about_what_a_notebook_takes(run_name, values):
-    process = start_run(run_name, **values)
+def test_forecast_of_the_memory_is_about_what_a_notebook_takes(run_folder, values):
+    process = start_run(run_folder.name, **values)
     peak = 0
     while process.poll() is None:
         for child in machine.psutil.Process(process.pid).children(recursive=True):
