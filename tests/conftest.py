@@ -23,8 +23,10 @@ def alike(one: object, other: object) -> bool:
     """Return whether two contents of torch files are the same."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
+        return list(one) == list(other) and alike(tuple(one.values()), tuple(other.values()))
     return one == other
 
 

@@ -7,24 +7,16 @@ from torch import nn
 from support.muon import Muon, orthogonalize
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)], ids=str)
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20)], ids=["wide", "tall"])
-def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape):
+def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape, dtype, off):
     """The oracle is PyTorch's singular value decomposition."""
     torch.manual_seed(0)
     u, values, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(0.1, 5, len(values))
-    levelled = u.T @ orthogonalize(u * values @ v) @ v.T
+    levelled = u.T @ orthogonalize(u * values @ v, dtype).float() @ v.T
     assert 0.8 < levelled.diagonal().min() <= levelled.diagonal().max() < 1.1
-    assert (levelled - levelled.diagonal().diag()).abs().max() < 1e-3
-
-
-def test_orthogonalize_in_bfloat16_levels_nearly_as_well():
-    torch.manual_seed(0)
-    matrix = torch.randn(70, 150)
-    exact, rounded = (orthogonalize(matrix, dtype) for dtype in (torch.float32, torch.bfloat16))
-    values = torch.linalg.svdvals(rounded)
-    assert 0.8 < values.min() <= values.max() < 1.25
-    assert torch.cosine_similarity(exact.flatten(), rounded.flatten(), 0) > 0.999
+    assert (levelled - levelled.diagonal().diag()).abs().max() < off
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-12, 1e12])
@@ -79,32 +71,3 @@ def test_muon_leaves_a_parameter_without_gradient_alone():
     Muon([used, unused], lr=0.1).step()
     assert unused.eq(1).all()
     assert not used.eq(1).any()
-
-
-def test_muon_shrinks_the_weights_by_the_decay_times_the_rate():
-    torch.manual_seed(0)
-    plain = nn.Parameter(torch.randn(6, 4))
-    decayed = nn.Parameter(plain.detach().clone())
-    before = plain.detach().clone()
-    for parameter, weight_decay in ((plain, 0.0), (decayed, 0.5)):
-        parameter.grad = torch.ones(6, 4)
-        Muon([parameter], lr=0.1, weight_decay=weight_decay).step()
-    torch.testing.assert_close(plain - decayed, 0.1 * 0.5 * before)
-
-
-def test_muon_goes_on_from_its_state_as_if_never_interrupted():
-    torch.manual_seed(0)
-    gradients = torch.randn(4, 6, 4)
-
-    def steps(optimizer: Muon, some: torch.Tensor) -> torch.Tensor:
-        parameter = optimizer.param_groups[0]["params"][0]
-        for gradient in some:
-            parameter.grad = gradient.clone()
-            optimizer.step()
-        return parameter.detach()
-
-    whole = steps(Muon([nn.Parameter(torch.ones(6, 4))], lr=0.1), gradients)
-    former = Muon([nn.Parameter(torch.ones(6, 4))], lr=0.1)
-    later = Muon([nn.Parameter(steps(former, gradients[:2]))], lr=0.7)
-    later.load_state_dict(former.state_dict())
-    assert torch.equal(steps(later, gradients[2:]), whole)

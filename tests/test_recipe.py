@@ -159,19 +159,12 @@ def test_auto_takes_the_fastest_device_there_is(machine, cuda, mps, picked):
     assert pick_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("cuda", "mps", "wanted", "there"),
-    [
-        (False, True, "cuda", "'mps' or 'cpu'"),
-        (True, False, "mps", "'cuda' or 'cpu'"),
-        (False, False, "abacus", "'cpu'"),
-    ],
-)
-def test_device_that_is_not_there_is_told_with_those_that_are(
-    machine, complains, cuda, mps, wanted, there
-):
-    machine(cuda, mps)
-    with complains(f"no device '{wanted}'", "DEVICE", there):
+@pytest.mark.parametrize(("there", "wanted"), [
+    ("'mps' or 'cpu'", "cuda"), ("'cuda' or 'cpu'", "mps"), ("'cpu'", "abacus"),
+])  # fmt: skip
+def test_device_that_is_not_there_is_told_with_those_that_are(machine, complains, there, wanted):
+    machine("cuda" in there, "mps" in there)
+    with complains(f"no device '{wanted}'", "DEVICE", f"to {there}"):
         pick_device(wanted)
 
 

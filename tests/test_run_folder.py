@@ -10,7 +10,6 @@ import torch
 import petseg_utils
 from conftest import alike
 from petseg_utils import (
-    InputError,
     Pets,
     UNet,
     load_weights,
@@ -19,30 +18,11 @@ from petseg_utils import (
     save_weights,
     scores,
 )
-from support.safe_files import write_atomically
 
 
 def new_model(base_channels: int = 2, depth: int = 2, seed: int = 0, **switches) -> UNet:
     torch.manual_seed(seed)
     return UNet(base_channels, depth, **switches)
-
-
-# ------------------------------------------------------------------- writing
-
-
-@pytest.mark.parametrize("step", ["write", "rename"])
-def test_failed_write_keeps_the_former_file_and_leaves_no_draft(tmp_path, monkeypatch, step):
-    path = tmp_path / "file"
-    path.write_bytes(b"former")
-
-    def fail(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises((OSError, InputError), match="no space left on device"):
-        write_atomically(path, fail if step == "write" else lambda file: file.write(b"half"))
-    assert [one.name for one in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"former"
 
 
 # ------------------------------------------------------------------- a run
