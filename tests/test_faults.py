@@ -118,10 +118,8 @@ def complaint(act) -> str:
         try:
             act()
             said.put("It ended well")
-        except InputError as error:
-            said.put(str(error))
         except BaseException as error:
-            said.put(f"{type(error).__name__}: {error}")
+            said.put(str(error) if isinstance(error, InputError) else repr(error))
 
     child(run).join(LONGEST)
     return said.get()
