@@ -1,14 +1,16 @@
 """Fixtures and helpers that several test files share."""
 
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is imported: tests need no window
 
@@ -17,22 +19,39 @@ from drawn import draw_pets
 from petseg_utils import ROOT, InputError, Pets, draw_sample_pets
 
 
-@contextmanager
-def new_run_folder() -> Iterator[Path]:
-    """Make a folder in runs/ that no other test run has, and remove it at the end."""
-    (ROOT / "runs").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="test-", dir=ROOT / "runs"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+def alike(one: object, other: object) -> bool:
+    """Return whether two contents of torch files are the same."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and alike(tuple(one.values()), tuple(other.values()))
+    return one == other
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return alike(one.state_dict(), other.state_dict())
+
+
+def at_step(model: nn.Module, number: int, act: Callable[[], object]) -> None:
+    """Let `act` happen, once, when `model` begins a training step, counted from 0."""
+    steps = itertools.count()
+
+    def hook(module: nn.Module, _: object) -> None:
+        if module is model and module.training and next(steps) == number:
+            act()
+
+    model.register_forward_pre_hook(hook)
 
 
 @pytest.fixture
 def run_folder() -> Iterator[Path]:
-    """Return a run's folder in runs/, empty, removed afterwards."""
-    with new_run_folder() as folder:
-        yield folder
+    """Return a folder in runs/ that no other test run has, empty, removed afterwards."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="test-", dir=ROOT / "runs"))
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

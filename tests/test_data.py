@@ -1,7 +1,7 @@
 """The data section: the stand-in dataset, splits, loading, augmentation. Damage: `test_faults`."""
 
 import os
-import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,7 @@ from torchvision.transforms.v2 import functional as oracle
 
 from petseg_utils import (
     IGNORE,
-    IMAGE_FILE,
     ROOT,
-    TRIMAP_FILE,
     augment,
     breed_of,
     draw_sample_pets,
@@ -33,51 +31,36 @@ SPLITS = {"trainval": 24, "test": 12}  # images in the stand-in that the fixture
 # ------------------------------------------------------------------- the stand-in
 
 
+def listed(folder: Path, file: str) -> list[str]:
+    """Return the lines of a list of pictures, without comments."""
+    text = (folder / "annotations" / f"{file}.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_torchvision_reads_the_stand_in_with_the_same_content(sample, split):
-    theirs = OxfordIIITPet(sample.parent, split=split, target_types="segmentation", download=False)
-    listed = [
-        line.split()[0]
-        for line in (sample / "annotations" / f"{split}.txt")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    ]
+    kinds = ["segmentation", "category", "binary-category"]
+    theirs = OxfordIIITPet(sample.parent, split=split, target_types=kinds, download=False)
     ours = load_pets(sample, read_split(sample, split), 32)
-    assert len(theirs) == len(ours.names) == SPLITS[split]
-    for name, (image, trimap) in zip(listed, theirs, strict=True):
+    lines = listed(sample, split)
+    assert len(theirs) == len(ours.names) == len(lines) == SPLITS[split]
+    for line, (image, (trimap, category, species)) in zip(lines, theirs, strict=True):
+        name = line.split()[0]
         index = ours.names.index(name)
-        expected_image = oracle.resize(oracle.pil_to_tensor(image), [32, 32], antialias=True)
-        expected_mask = oracle.resize(
-            oracle.pil_to_tensor(trimap), [32, 32], InterpolationMode.NEAREST_EXACT
-        )[0]
-        assert (ours.images[index].int() - expected_image.int()).abs().max() <= 1
-        assert torch.equal(ours.masks[index], expected_mask - 1)
-
-
-def test_torchvision_finds_the_categories_that_the_names_tell(sample):
-    theirs = OxfordIIITPet(
-        sample.parent, target_types=["category", "binary-category"], download=False
-    )
-    lines = [
-        line.split()
-        for line in (sample / "annotations" / "trainval.txt")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    ]
-    for (name, *_), (_, (category, species)) in zip(lines, theirs, strict=True):
+        small = oracle.resize(oracle.pil_to_tensor(image), [32, 32], antialias=True)
+        assert (ours.images[index].int() - small.int()).abs().max() <= 1
+        labels = oracle.pil_to_tensor(trimap)
+        mask = oracle.resize(labels, [32, 32], InterpolationMode.NEAREST_EXACT)[0] - 1
+        assert torch.equal(ours.masks[index], mask)
         assert theirs.classes[category] == breed_of(name).replace("_", " ").title()
         assert theirs.bin_classes[species] == ("Cat" if name[0].isupper() else "Dog")
 
 
 def test_list_names_every_picture_of_both_splits(sample):
-    texts = {
-        name: (sample / "annotations" / f"{name}.txt").read_text(encoding="utf-8")
-        for name in ("list", *SPLITS)
-    }
-    listed = [line for line in texts["list"].splitlines() if not line.startswith("#")]
-    assert sorted(listed) == sorted((texts["trainval"] + texts["test"]).splitlines())
+    lines = listed(sample, "list")
+    assert sorted(lines) == sorted(line for split in SPLITS for line in listed(sample, split))
     for folder, kind in (("images", "jpg"), ("annotations/trimaps", "png")):
-        assert len(list((sample / folder).glob(f"*.{kind}"))) == len(listed)
+        assert len(list((sample / folder).glob(f"*.{kind}"))) == len(lines)
 
 
 def test_stand_in_shows_all_classes_and_different_sizes(sample):
@@ -88,11 +71,8 @@ def test_stand_in_shows_all_classes_and_different_sizes(sample):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_same_seed_draws_the_same_bytes_and_another_seed_does_not(tmp_path):
@@ -128,12 +108,6 @@ def test_folder_that_was_not_drawn_here_is_left_alone(tmp_path, complains):
     assert contents(tmp_path) == {"oxford-iiit-pet/annotations/README": b"the real dataset"}
 
 
-def test_folder_that_cannot_be_written_to_is_told(tmp_path, complains):
-    (tmp_path / "data").touch()  # a file where a folder should be: root, too, is refused
-    with complains(tmp_path / "data" / "oxford-iiit-pet", "writable"):
-        draw_sample_pets(tmp_path / "data", trainval=2, test=1, side=48)
-
-
 @pytest.mark.parametrize("wrong", [{"trainval": 0}, {"test": 0}, {"side": 31}], ids=str)
 def test_dataset_that_cannot_be_drawn_is_told(tmp_path, complains, wrong):
     with complains(*wrong):
@@ -144,32 +118,16 @@ def test_dataset_that_cannot_be_drawn_is_told(tmp_path, complains, wrong):
 # ------------------------------------------------------------------- splits
 
 
-def test_limit_draws_some_of_the_names_by_the_seed(sample):
+def test_limit_above_the_number_of_names_takes_them_all(sample):
     everything = read_split(sample, "trainval")
-    some = read_split(sample, "trainval", limit=10, seed=1)
-    assert len(set(some)) == 10
-    assert set(some) < set(everything)
-    assert some == sorted(some) == read_split(sample, "trainval", limit=10, seed=1)
-    assert some != read_split(sample, "trainval", limit=10, seed=2)
-    assert read_split(sample, "trainval", limit=1000) == everything
+    assert read_split(sample, "trainval", limit=1000, seed=1) == everything
 
 
-def test_breed_is_all_before_the_last_underscore():
-    assert [breed_of(name) for name in ("pug_7", "Maine_Coon_12")] == ["pug", "Maine_Coon"]
-
-
-@pytest.mark.parametrize(
-    ("fraction", "of_thirty", "of_ten"), [(0.1, 3, 1), (0.2, 6, 2), (0.01, 1, 1)]
-)
-def test_hold_out_takes_the_fraction_of_every_breed_and_at_least_one_image(
-    fraction, of_thirty, of_ten
-):
-    names = [f"pug_{i}" for i in range(30)] + [f"Maine_Coon_{i}" for i in range(10)]
-    rest, held = hold_out(names, fraction, seed=3)
-    assert sorted(rest + held) == sorted(names)
-    assert set(rest).isdisjoint(held)
-    assert [breed_of(name) for name in held].count("pug") == of_thirty
-    assert [breed_of(name) for name in held].count("Maine_Coon") == of_ten
+@pytest.mark.parametrize(("fraction", "of_ten"), [(0.1, 1), (0.2, 2), (0.01, 1)])
+def test_hold_out_takes_at_least_one_image_of_every_breed(fraction, of_ten):
+    names = [f"{breed}_{i}" for breed in ("pug", "Maine_Coon") for i in range(10)]
+    held = hold_out(names, fraction, seed=3)[1]
+    assert Counter(map(breed_of, held)) == {"pug": of_ten, "Maine_Coon": of_ten}
 
 
 def test_breeds_only_image_stays_in_the_rest_and_both_sides_see_a_breed_of_two():
@@ -178,89 +136,18 @@ def test_breeds_only_image_stays_in_the_rest_and_both_sides_see_a_breed_of_two()
     assert list(map(breed_of, held)) == ["pug"]
 
 
-def test_hold_out_depends_on_the_seed_and_not_on_the_order_of_names(sample):
+def test_hold_out_does_not_depend_on_the_order_of_names(sample):
     names = read_split(sample, "trainval")
-    held = hold_out(names, seed=0)[1]
-    assert set(hold_out(names[::-1], seed=0)[1]) == set(held)
-    assert any(set(hold_out(names, seed=seed)[1]) != set(held) for seed in range(1, 5))
-
-
-# ------------------------------------------------------------------- loading
-
-
-@pytest.mark.parametrize("side", [16, 64, 100])
-def test_pets_are_uint8_squares_with_labels_0_1_2_in_the_order_of_names(sample, side):
-    names = read_split(sample, "test")[::-1]
-    pets = load_pets(sample, names, side)
-    assert pets.names == names
-    assert pets.images.shape == (len(names), 3, side, side)
-    assert pets.masks.shape == (len(names), side, side)
-    assert pets.images.dtype == pets.masks.dtype == torch.uint8
-    assert pets.masks.unique().tolist() == [0, 1, 2]
-    assert torch.equal(pets.masks[-1], load_pets(sample, names[-1:], side).masks[0])
-
-
-def test_bilinear_masks_make_the_mistake_and_leave_the_images(dataset, name):
-    trimap = np.ones((64, 64), np.uint8)
-    trimap[:, 20:] = 3  # in the middle of one of 24 columns
-    Image.fromarray(trimap).save(trimap_of(dataset, name))
-    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(image_of(dataset, name))
-    right, wrong = (load_pets(dataset, [name], 24, resize=how) for how in ("nearest", "bilinear"))
-    assert wrong.masks.unique().tolist() == [0, 1, 2]  # background where there is none
-    assert torch.equal(right.images, wrong.images)
-
-
-@pytest.mark.parametrize("resize", ["nearest", "bilinear"])
-def test_masks_can_be_finer_than_their_images(sample, resize):
-    names = read_split(sample, "test")[:3]
-    pets = load_pets(sample, names, 16, mask_side=48, resize=resize)
-    assert torch.equal(pets.images, load_pets(sample, names, 16).images)
-    assert torch.equal(pets.masks, load_pets(sample, names, 48, resize=resize).masks)
-
-
-def test_shrunk_images_are_antialiased(dataset, name):
-    stripes = np.zeros((64, 64), np.uint8)
-    stripes[:, ::2] = (
-        255  # one pixel wide: picking single pixels would give black or white, the mean is grey
-    )
-    Image.fromarray(stripes).save(image_of(dataset, name), "PNG")
-    Image.new("L", (64, 64), 2).save(trimap_of(dataset, name))
-    inner = load_pets(dataset, [name], 8).images[..., 1:-1]
-    assert inner.float().sub(127.5).abs().max() < 15
+    assert set(hold_out(names[::-1])[1]) == set(hold_out(names)[1])
 
 
 # ------------------------------------------------------------------- datasets
 
 
-@pytest.fixture
-def dataset(sample, tmp_path) -> Path:
-    """Return a copy of the stand-in that a test may damage."""
-    return Path(shutil.copytree(sample, tmp_path / "copy" / "oxford-iiit-pet"))
-
-
-@pytest.fixture
-def name(sample) -> str:
-    """Return the name of a picture in the stand-in."""
-    return read_split(sample, "test")[1]
-
-
-def image_of(dataset: Path, name: str) -> Path:
-    return dataset / IMAGE_FILE.format(name)
-
-
-def trimap_of(dataset: Path, name: str) -> Path:
-    return dataset / TRIMAP_FILE.format(name)
-
-
-def test_dataset_is_found_below_its_data_dir(sample):
-    assert find_dataset(sample.parent) == sample.resolve()
-
-
-def test_relative_data_dir_counts_from_the_root_wherever_one_stands(sample, tmp_path, monkeypatch):
-    relative = os.path.relpath(sample.parent, ROOT)
+def test_dataset_is_found_from_the_root_wherever_one_stands(sample, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_dataset(relative) == sample.resolve()
+    for data_dir in (sample.parent, os.path.relpath(sample.parent, ROOT)):
+        assert find_dataset(data_dir) == sample.resolve()
 
 
 def test_missing_dataset_is_named_with_what_to_do(tmp_path, complains):
@@ -274,9 +161,8 @@ def test_missing_dataset_is_named_with_what_to_do(tmp_path, complains):
 @pytest.fixture(scope="module")
 def painted() -> tuple[torch.Tensor, torch.Tensor]:
     """Return images (16, 3, 64, 64), red, green and blue where their masks say 0, 1 and 2."""
-    coarse = torch.randint(
-        3, (16, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
+    random = torch.Generator().manual_seed(0)
+    coarse = torch.randint(3, (16, 4, 4), generator=random, dtype=torch.uint8)
     masks = coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)
     return (torch.eye(3)[masks.long()].permute(0, 3, 1, 2) * 140 + 60).byte(), masks
 
@@ -294,29 +180,22 @@ def away_from_edges(masks: torch.Tensor) -> torch.Tensor:
     return (F.max_pool2d(labels, 5, 1, 2) == -F.max_pool2d(-labels, 5, 1, 2)).squeeze(1)
 
 
-def test_augmentation_keeps_shapes_types_and_its_input(painted):
+def test_augmentation_leaves_its_input_as_it_is(painted):
     before = [tensor.clone() for tensor in painted]
-    results = augment(*painted)
-    for given, copy, result in zip(painted, before, results, strict=True):
-        assert torch.equal(given, copy)
-        assert type(result) is torch.Tensor
-        assert (result.shape, result.dtype) == (given.shape, given.dtype)
+    augment(*painted)
+    assert all(map(torch.equal, painted, before))
 
 
-def test_image_and_mask_move_together(painted, augmented):
-    images, masks = augmented
-    compared = away_from_edges(masks) & (masks != IGNORE)
-    assert compared.float().mean() > 0.3
-    assert torch.equal(images.argmax(dim=1)[compared], masks[compared].long())
-    assert (masks != painted[1]).float().mean() > 0.2  # and they did move
-
-
-def test_pixels_from_outside_the_photo_are_grey_and_ignored(augmented):
+def test_every_pixel_has_the_colour_of_its_label_or_is_grey_and_ignored(augmented):
     images, masks = augmented
     assert masks.unique().tolist() == [0, 1, 2, IGNORE]
+    outside, inner = masks == IGNORE, away_from_edges(masks)
+    assert (inner & ~outside).float().mean() > 0.3
     red, green, blue = images.int().unbind(dim=1)
     grey = ((red - green).abs() <= 2) & ((green - blue).abs() <= 2)
-    assert torch.equal(grey[away_from_edges(masks)], (masks == IGNORE)[away_from_edges(masks)])
+    assert torch.equal(grey[inner], outside[inner])
+    labels = images.argmax(dim=1)
+    assert torch.equal(labels[inner & ~outside], masks[inner & ~outside].long())
 
 
 def test_strength_scales_moves_and_colours(painted):
@@ -340,22 +219,6 @@ def test_without_strength_images_are_only_mirrored(painted):
         assert torch.equal(image, given.flip(2) if turned else given)
         assert torch.equal(mask, given_mask.flip(1) if turned else given_mask)
     assert 3 < mirrored < 13  # of 16
-
-
-def test_augmentation_follows_the_seed(painted):
-    results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(augment(*painted))
-    for first, again, other in zip(*results, strict=True):
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
-
-
-def test_every_image_is_augmented_differently(painted):
-    images, masks = (tensor[:1].expand(4, *tensor.shape[1:]) for tensor in painted)
-    moved = augment(images, masks)[1]
-    assert len({bytes(mask.numpy()) for mask in moved}) == 4
 
 
 # ------------------------------------------------------------------- the real dataset
@@ -382,17 +245,15 @@ def test_real_images_load(oxford):
 
 def test_colour_alone_does_not_solve_the_stand_in(tmp_path):
     """Guess each pixel by its colour alone: hardly better than the majority class."""
-    folder = draw_sample_pets(tmp_path, trainval=90, test=30)
-    train, test = (
-        load_pets(folder, read_split(folder, split), 64) for split in ("trainval", "test")
-    )
+    folder = draw_sample_pets(tmp_path, trainval=90, test=30, side=96)
+    names = [read_split(folder, split) for split in ("trainval", "test")]
+    train, test = (load_pets(folder, some, 64) for some in names)
 
     def colour(pets):  # 8 levels of red, green and blue
         return ((pets.images.long() // 32) * torch.tensor([64, 8, 1]).view(3, 1, 1)).sum(dim=1)
 
-    counts = torch.bincount((colour(train) * 3 + train.masks).flatten(), minlength=512 * 3).view(
-        512, 3
-    )
+    counts = torch.bincount((colour(train) * 3 + train.masks).flatten(), minlength=512 * 3)
+    counts = counts.view(512, 3)
     accuracy = (counts.argmax(dim=1)[colour(test)] == test.masks).float().mean()
     majority = (test.masks == 1).float().mean()
     assert accuracy < majority + 0.1

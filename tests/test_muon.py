@@ -79,32 +79,3 @@ def test_muon_leaves_a_parameter_without_gradient_alone():
     Muon([used, unused], lr=0.1).step()
     assert unused.eq(1).all()
     assert not used.eq(1).any()
-
-
-def test_muon_shrinks_the_weights_by_the_decay_times_the_rate():
-    torch.manual_seed(0)
-    plain = nn.Parameter(torch.randn(6, 4))
-    decayed = nn.Parameter(plain.detach().clone())
-    before = plain.detach().clone()
-    for parameter, weight_decay in ((plain, 0.0), (decayed, 0.5)):
-        parameter.grad = torch.ones(6, 4)
-        Muon([parameter], lr=0.1, weight_decay=weight_decay).step()
-    torch.testing.assert_close(plain - decayed, 0.1 * 0.5 * before)
-
-
-def test_muon_goes_on_from_its_state_as_if_never_interrupted():
-    torch.manual_seed(0)
-    gradients = torch.randn(4, 6, 4)
-
-    def steps(optimizer: Muon, some: torch.Tensor) -> torch.Tensor:
-        parameter = optimizer.param_groups[0]["params"][0]
-        for gradient in some:
-            parameter.grad = gradient.clone()
-            optimizer.step()
-        return parameter.detach()
-
-    whole = steps(Muon([nn.Parameter(torch.ones(6, 4))], lr=0.1), gradients)
-    former = Muon([nn.Parameter(torch.ones(6, 4))], lr=0.1)
-    later = Muon([nn.Parameter(steps(former, gradients[:2]))], lr=0.7)
-    later.load_state_dict(former.state_dict())
-    assert torch.equal(steps(later, gradients[2:]), whole)

@@ -50,10 +50,7 @@ def grid_of(pets) -> Figure:
 
 FIGURES = {
     "grid": grid_of,
-    **{
-        f"U-Net of depth {depth}": lambda pets, depth=depth: plot_unet(steps_of(depth))
-        for depth in range(2, 7)
-    },
+    "U-Net": lambda pets: plot_unet(steps_of(3)),
     "broken U-Net": lambda pets: plot_unet(steps_of(3, broken=True)),
 }
 
@@ -97,19 +94,16 @@ def test_mask_with_an_image_is_halfway_between_both(pets):
 # ------------------------------------------------------------------- the grid
 
 
-def test_grid_shows_each_column_under_its_title_and_each_row_by_its_name(pets):
-    axes = np.array(grid_of(pets).axes).reshape(2, 2)
+def test_grid_shows_each_column_under_its_title_each_row_by_its_name_and_a_legend(pets):
+    figure = grid_of(pets)
+    axes = np.array(figure.axes).reshape(2, 2)
     assert [one.get_title() for one in axes[0]] == ["image", "mask"]
     assert [one.get_ylabel() for one in axes[:, 0]] == ["a Bengal", "a pug"]
     for row, index in zip(axes, (6, 1), strict=True):
-        np.testing.assert_array_equal(
-            row[0].images[0].get_array(), pets.images[index].permute(1, 2, 0).numpy()
-        )
-        np.testing.assert_array_equal(row[1].images[0].get_array(), colorize(pets.masks[index]))
-
-
-def test_grid_has_the_legend_of_the_classes(pets):
-    (legend,) = grid_of(pets).legends
+        image, mask = (one.images[0].get_array() for one in row)
+        np.testing.assert_array_equal(image, pets.images[index].permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(mask, colorize(pets.masks[index]))
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(CLASSES)
     assert [patch.get_facecolor()[:3] for patch in legend.get_patches()] == RGB
 
@@ -127,7 +121,11 @@ def shapes_in(figure: Figure) -> dict[str, str]:
     return {first: last for first, *_, last in lines}
 
 
-@pytest.mark.parametrize("depth", range(2, 7))
+@pytest.fixture(params=range(2, 7), ids="depth {}".format)
+def depth(request) -> int:
+    return request.param
+
+
 def test_u_has_a_labelled_box_for_every_step_that_is_no_resizing(depth):
     steps = steps_of(depth)
     figure = plot_unet(steps)
@@ -135,41 +133,35 @@ def test_u_has_a_labelled_box_for_every_step_that_is_no_resizing(depth):
     boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     arrows = [text for text in axes.texts if isinstance(text, Annotation)]
     drawn = [step for step in steps if not step.name.startswith(("pool", "upsample"))]
+    expected = {step.name: "{1}×{1}×{0}".format(*step.traced) for step in drawn}
     labels = shapes_in(figure)
-    assert (
-        labels.items() >= {step.name: "{1}×{1}×{0}".format(*step.traced) for step in drawn}.items()
-    )
+    assert labels.items() >= expected.items()
     assert len(drawn) == 3 * depth + 2
     assert len(boxes) == len(labels)
-    assert (
-        len(arrows) == len(boxes) - 1 + depth
-    )  # from each box to the next, and a skip for every level
+    assert len(arrows) == len(boxes) - 1 + depth  # from each to the next, and a skip a level
     assert f"{depth} levels" in figure.get_label()
 
 
-@pytest.mark.parametrize("depth", range(2, 7))
 def test_labels_of_the_u_neither_overlap_nor_leave_the_figure(depth):
     figure = plot_unet(steps_of(depth))
     figure.draw_without_rendering()
-    extents = [
-        (text.get_text().split("\n")[0], text.get_window_extent()) for text in labels_of(figure)
-    ]
-    legend = ("legend", figure.axes[0].get_legend().get_window_extent())
-    for index, (name, extent) in enumerate([*extents, legend]):
-        assert figure.bbox.x0 <= extent.x0 <= extent.x1 <= figure.bbox.x1, name
-        assert figure.bbox.y0 <= extent.y0 <= extent.y1 <= figure.bbox.y1, name
-        assert [other for other, place in extents[:index] if extent.overlaps(place)] == [], name
+    legend = figure.axes[0].get_legend()
+    extents = [(one, one.get_window_extent()) for one in (*labels_of(figure), legend)]
+    for index, (label, extent) in enumerate(extents):
+        assert figure.bbox.x0 <= extent.x0 <= extent.x1 <= figure.bbox.x1, label
+        assert figure.bbox.y0 <= extent.y0 <= extent.y1 <= figure.bbox.y1, label
+        assert [other for other, place in extents[:index] if extent.overlaps(place)] == [], label
 
 
 def test_boxes_of_the_u_grow_with_side_and_channels():
     figure = plot_unet(steps_of(2))
-    names = [text.get_text().split("\n")[0] for text in labels_of(figure)]
-    boxes = dict(zip(names, figure.axes[0].patches, strict=True))
-    assert boxes["down2"].get_height() / boxes["down1"].get_height() == pytest.approx(
-        np.sqrt(1 / 2)
-    )
-    assert boxes["down2"].get_width() / boxes["down1"].get_width() == pytest.approx(np.sqrt(2))
-    assert boxes["concat1"].get_width() / boxes["up1"].get_width() == pytest.approx(np.sqrt(2))
+    boxes = dict(zip(shapes_in(figure), figure.axes[0].patches, strict=True))
+    for larger, smaller, measure in (
+        ("down1", "down2", Rectangle.get_height),
+        ("down2", "down1", Rectangle.get_width),
+        ("concat1", "up1", Rectangle.get_width),
+    ):
+        assert measure(boxes[larger]) / measure(boxes[smaller]) == pytest.approx(np.sqrt(2))
 
 
 def test_broken_u_shows_what_was_traced_and_which_boxes_are_not_reached():

@@ -8,75 +8,39 @@ from pydantic import ValidationError
 
 from petseg_utils import InputError, Recipe, pick_device, pick_precision
 
-NAMES = list(Recipe.model_fields)
-ENDS = {  # values at the ends of their ranges, which pass
-    "DATASET": ["sample", "oxford"],
-    "DATA_DIR": ["d", "../shared"],
-    "DOWNLOAD": [True, False],
-    "LIMIT": [0, 50],
-    "IMAGE_SIZE": [32, 1024],
-    "SCORE_SIZE": [0, 8, 1024],
-    "MASK_RESIZE": ["nearest", "bilinear"],
-    "BASE_CHANNELS": [1, 256],
-    "DEPTH": [2, 6],
-    "NORMS": [1, 2],
-    "SKIPS": [True, False],
-    "EPOCHS": [1, 1000],
-    "SMALL_EPOCHS": ["", "5 at 32", "2 at 32, 1 at 64, 2 at 32"],
-    "BATCH_SIZE": [2, 1024],
-    "MUON": [True, False],
-    "LEARNING_RATE": [1, 1.0, 1e-6],
-    "LINEAR_DECAY": [True, False],
-    "WEIGHT_DECAY": [0, 1.0],
-    "DICE_WEIGHT": [0, 100.0],
-    "AVERAGE": [True, False],
-    "AUGMENT": [0, 0.5, 1.0],
-    "FLIP": [True, False],
-    "SEED": [0, 2**31 - 1],
-    "DEVICE": ["auto", "cpu", "cuda", "mps"],
-    "PRECISION": ["auto", "float32", "bfloat16"],
-    "PHOTO": ["", "photos/cat.jpg"],
-    "RUN_NAME": ["r", "run-1.5_b+c", "2024", "x" * 100, "é" * 50],
-    "RESUME": [True, False],
-}
-BAD = {
-    "DATASET": ["", "Oxford", "coco", None, 1],
-    "DATA_DIR": ["", None, 3],
-    "DOWNLOAD": ["false", "True", 0, 1, None],
-    "LIMIT": [-1, 1, 49, 50.0, "50", True],
-    "IMAGE_SIZE": [0, -64, 7, 1025, 64.0, "64", None, 10**5000, -(10**5000)],
-    "SCORE_SIZE": [-1, 7, 1025, 64.0, "0", None],
-    "MASK_RESIZE": ["", "Nearest", "bicubic", None, 0],
-    "BASE_CHANNELS": [0, -1, 257, 8.0, "8", 10**5000],
-    "DEPTH": [0, -1, 1, 8, 2.5, "3", True],
-    "NORMS": [0, 3, 2.0, "2", True],
-    "SKIPS": ["false", 0, 1, None],
-    "EPOCHS": [0, -1, 1001, 1.5, "4", True],
-    "SMALL_EPOCHS": [
-        "6 at 64",
-        "3 at 32, 3 at 64",
-        "1 at 96",
-        "1 at 0",
-        "2 at",
-        "1 at 32,",
-        " ",
-        1,
-    ],
-    "BATCH_SIZE": [0, 1, 1025, 16.0, "16"],
-    "MUON": ["false", "muon", 0, 1, None],
-    "LEARNING_RATE": [0, 0.0, -0.1, 1.5, math.nan, math.inf, "0.1", True, None, 10**5000],
-    "LINEAR_DECAY": ["false", 0, 1, None],
-    "WEIGHT_DECAY": [-0.1, 1.1, math.nan, "0", True, None],
-    "DICE_WEIGHT": [-0.1, 101, math.nan, math.inf, "0", False, None],
-    "AVERAGE": ["false", 0, 1, None],
-    "AUGMENT": [-0.1, 1.1, math.nan, "0", True, False, None],
-    "FLIP": ["false", "yes", 0, 1, None],
-    "SEED": [-1, 2**31, 0.0, "0", False, 10**5000],
-    "DEVICE": ["", "gpu", "cuda:7", "CPU", None, 0],
-    "PRECISION": ["", "float16", "bf16", 32, None],
-    "PHOTO": [None, 3, False],
-    "RUN_NAME": ["", "..", ".hidden", "/tmp", "a\\b", "a b", "a\nb", "x" * 101, "é" * 51, None, 3],
-    "RESUME": ["false", 0, None],
+SWITCHES = ("DOWNLOAD", "SKIPS", "MUON", "LINEAR_DECAY", "AVERAGE", "FLIP", "RESUME")
+VALUES = {  # that pass, at the ends of their ranges, and that do not
+    "DATASET": (["sample", "oxford"], ["", "Oxford", "coco", None, 1]),
+    "DATA_DIR": (["d", "../shared"], ["", None, 3]),
+    "LIMIT": ([0, 50], [-1, 1, 49, 50.0, "50", True]),
+    "IMAGE_SIZE": ([32, 1024], [0, -64, 7, 1025, 64.0, "64", None, 10**5000, -(10**5000)]),
+    "SCORE_SIZE": ([0, 8, 1024], [-1, 7, 1025, 64.0, "0", None]),
+    "MASK_RESIZE": (["nearest", "bilinear"], ["", "Nearest", "bicubic", None, 0]),
+    "BASE_CHANNELS": ([1, 256], [0, -1, 257, 8.0, "8", 10**5000]),
+    "DEPTH": ([2, 6], [0, -1, 1, 8, 2.5, "3", True]),
+    "NORMS": ([1, 2], [0, 3, 2.0, "2", True]),
+    "EPOCHS": ([1, 1000], [0, -1, 1001, 1.5, "4", True]),
+    "SMALL_EPOCHS": (
+        ["", "5 at 32", "2 at 32, 1 at 64, 2 at 32"],
+        ["6 at 64", "3 at 32, 3 at 64", "1 at 96", "1 at 0", "2 at", "1 at 32,", " ", 1],
+    ),
+    "BATCH_SIZE": ([2, 1024], [0, 1, 1025, 16.0, "16"]),
+    "LEARNING_RATE": (
+        [1, 1.0, 1e-6],
+        [0, 0.0, -0.1, 1.5, math.nan, math.inf, "0.1", True, None, 10**5000],
+    ),
+    "WEIGHT_DECAY": ([0, 1.0], [-0.1, 1.1, math.nan, "0", True, None]),
+    "DICE_WEIGHT": ([0, 100.0], [-0.1, 101, math.nan, math.inf, "0", False, None]),
+    "AUGMENT": ([0, 0.5, 1.0], [-0.1, 1.1, math.nan, "0", True, False, None]),
+    "SEED": ([0, 2**31 - 1], [-1, 2**31, 0.0, "0", False, 10**5000]),
+    "DEVICE": (["auto", "cpu", "cuda", "mps"], ["", "gpu", "cuda:7", "CPU", None, 0]),
+    "PRECISION": (["auto", "float32", "bfloat16"], ["", "float16", "bf16", 32, None]),
+    "PHOTO": (["", "photos/cat.jpg"], [None, 3, False]),
+    "RUN_NAME": (
+        ["r", "run-1.5_b+c", "2024", "x" * 100, "é" * 50],
+        ["", "..", ".hidden", "/tmp", "a\\b", "a b", "a\nb", "x" * 101, "é" * 51, None, 3],
+    ),
+    **dict.fromkeys(SWITCHES, ([True, False], ["false", "True", "yes", 0, 1, None])),
 }
 
 
@@ -85,20 +49,21 @@ def short(value: object) -> str:
     return "5,000 digits" if type(value) is int and abs(value) > 2**64 else repr(value)[:12]
 
 
-def pairs(examples: dict) -> list:
-    return [pytest.param(n, v, id=f"{n} {short(v)}") for n in examples for v in examples[n]]
+def pairs(which: int) -> list:
+    values = [(name, value) for name in VALUES for value in VALUES[name][which]]
+    return [pytest.param(*pair, id=f"{pair[0]} {short(pair[1])}") for pair in values]
 
 
 def test_every_parameter_has_good_and_bad_examples_here():
-    assert set(NAMES) == set(ENDS) == set(BAD)
+    assert Recipe.model_fields.keys() == VALUES.keys()
 
 
-@pytest.mark.parametrize(("name", "value"), pairs(ENDS))
+@pytest.mark.parametrize(("name", "value"), pairs(0))
 def test_values_at_the_ends_of_their_ranges_pass(name, value):
     assert getattr(Recipe(**{name: value}), name) == value
 
 
-@pytest.mark.parametrize(("name", "value"), pairs(BAD))
+@pytest.mark.parametrize(("name", "value"), pairs(1))
 def test_bad_value_ends_in_one_short_sentence_with_its_parameter(complains, name, value):
     shown = short(value) if short(value) != "5,000 digits" else ""
     with complains(f"{name} should ", f"not {shown}") as caught:
@@ -107,16 +72,15 @@ def test_bad_value_ends_in_one_short_sentence_with_its_parameter(complains, name
 
 
 def test_unknown_parameter_is_told_with_the_known_ones_before_another_fault_is(complains):
-    with complains("no parameter EPOCH:", *NAMES):
+    with complains("no parameter EPOCH:", *VALUES):
         Recipe(EPOCH=3, IMAGE_SIZE=100)
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"IMAGE_SIZE": 100, "DEPTH": 3}, ["100", "depth 3", "96 or 104"]),
-        ({"IMAGE_SIZE": 64, "DEPTH": 7}, ["64", "depth 7", "make it 128"]),
-        ({"IMAGE_SIZE": 9, "DEPTH": 2}, ["9", "depth 2", "8 or 12"]),
+        ({"IMAGE_SIZE": 100, "DEPTH": 3}, ["100", "depth 3", "make it 96 or 104."]),
+        ({"IMAGE_SIZE": 64, "DEPTH": 7}, ["64", "depth 7", "make it 128."]),
         ({"SMALL_EPOCHS": "1 at 36", "DEPTH": 3}, ["36 is no multiple of 8", "make it 32 or 40"]),
         ({"SMALL_EPOCHS": "6 at 32"}, ["SMALL_EPOCHS", "fewer epochs than 6", "not '6 at 32'"]),
         ({"SMALL_EPOCHS": "1 at 96"}, ["SMALL_EPOCHS", "sides up to 64", "not '1 at 96'"]),
@@ -195,19 +159,12 @@ def test_auto_takes_the_fastest_device_there_is(machine, cuda, mps, picked):
     assert pick_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("cuda", "mps", "wanted", "there"),
-    [
-        (False, True, "cuda", "'mps' or 'cpu'"),
-        (True, False, "mps", "'cuda' or 'cpu'"),
-        (False, False, "abacus", "'cpu'"),
-    ],
-)
-def test_device_that_is_not_there_is_told_with_those_that_are(
-    machine, complains, cuda, mps, wanted, there
-):
-    machine(cuda, mps)
-    with complains(f"no device '{wanted}'", "DEVICE", there):
+@pytest.mark.parametrize(("there", "wanted"), [
+    ("'mps' or 'cpu'", "cuda"), ("'cuda' or 'cpu'", "mps"), ("'cpu'", "abacus"),
+])  # fmt: skip
+def test_device_that_is_not_there_is_told_with_those_that_are(machine, complains, there, wanted):
+    machine("cuda" in there, "mps" in there)
+    with complains(f"no device '{wanted}'", "DEVICE", f"to {there}"):
         pick_device(wanted)
 
 
