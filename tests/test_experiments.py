@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from damage import damage
 
 import petseg_utils as pets
 from experiments import ablations, norm_statistics, peer, score, sweep, throughput
@@ -31,7 +31,14 @@ PRINTED = {
     "optimisers": lambda: ablations.main("optimisers"),
     "norm_statistics": norm_statistics.main,
     "peer": peer.main,
+    "throughput": lambda: print(throughput.table(*map(headline, ("float32", "bfloat16")))),
 }
+
+
+def headline(precision: str) -> dict:
+    """Return the kept figures of the speed in a precision."""
+    text = (FOLDER / f"throughput_{precision}.json").read_text(encoding="utf-8")
+    return json.loads(text)["headline"]
 
 
 @pytest.mark.parametrize("name", PRINTED)
@@ -40,12 +47,6 @@ def test_the_table_that_is_shown_is_what_the_module_prints(name, capsys):
     printed = capsys.readouterr().out
     assert printed.count("\n") > 5
     assert printed in SHOWN
-
-
-def test_the_table_of_the_speed_is_that_of_the_kept_result():
-    files = [FOLDER / f"throughput_{name}.json" for name in ("float32", "bfloat16")]
-    kept = [json.loads(file.read_text(encoding="utf-8"))["headline"] for file in files]
-    assert throughput.table(*kept) in SHOWN
 
 
 @pytest.mark.parametrize("grid", ablations.GRIDS)
@@ -159,43 +160,19 @@ def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
 # ----------------------------------------------------------------------------------------- score.py
 
 
-def metrics_with(change: Callable[[dict], object]) -> Callable[[Path], object]:
-    """Return a function that changes a run's metrics.json."""
-
-    def apply(folder: Path) -> None:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        change(metrics)
-        (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-
-    return apply
-
-
-def parameters(**changes: object) -> Callable[[Path], object]:
-    """Return a function that changes the parameters in a run's metrics.json."""
-    return metrics_with(lambda metrics: metrics["parameters"].update(changes))
-
-
+METRICS = "metrics.json"
 DAMAGED = {  # beside what compare_runs.ipynb refuses as well, in test_compare.py
-    "a list": lambda folder: (folder / "metrics.json").write_text("[1, 2]"),
-    "nested too deep": lambda folder: (folder / "metrics.json").write_text("[" * 100_000),
-    "a parameter missing": metrics_with(lambda metrics: metrics["parameters"].pop("SKIPS")),
-    "a stranger among them": parameters(EPOCH=3),
-    "a text for a number": parameters(DEPTH="5"),
-    "out of range": parameters(IMAGE_SIZE=-128),
-    "a huge net": parameters(BASE_CHANNELS=10**9),
-    "another dataset": parameters(DATASET="sample"),
-    "another net": parameters(BASE_CHANNELS=16),
-    "other images": metrics_with(lambda metrics: metrics["test"].update(images=3)),
+    "a list": (METRICS, "", "[1, 2]"),
+    "nested too deep": (METRICS, "", "[" * 100_000),
+    "a parameter missing": (METRICS, '"SKIPS": true,', ""),
+    "a stranger among them": (METRICS, '"SKIPS": true,', '"SKIPS": true, "EPOCH": 3,'),
+    "a text for a number": (METRICS, '"DEPTH": 5', '"DEPTH": "5"'),
+    "out of range": (METRICS, '"IMAGE_SIZE": 256', '"IMAGE_SIZE": -128'),
+    "a huge net": (METRICS, '"BASE_CHANNELS": 32', '"BASE_CHANNELS": 1000000000'),
+    "another dataset": (METRICS, '"DATASET": "oxford"', '"DATASET": "sample"'),
+    "another net": (METRICS, '"BASE_CHANNELS": 32', '"BASE_CHANNELS": 16'),
+    "other images": (METRICS, '"images": 12', '"images": 3'),
 }
-for name in ("metrics.json", "history.csv", "weights.pt"):
-    DAMAGED |= {
-        f"no {name}": lambda folder, name=name: (folder / name).unlink(),
-        f"empty {name}": lambda folder, name=name: (folder / name).write_bytes(b""),
-        f"{name} a folder": lambda folder, name=name: (
-            (folder / name).rename(folder / "x"),
-            (folder / name).mkdir(),
-        ),
-    }
 
 
 @pytest.fixture
@@ -203,18 +180,38 @@ def run_copy(tmp_path) -> Path:
     """A copy of the kept run without its notebook, as if scored on the twelve drawn images."""
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("metrics.json", "history.csv", "weights.pt"):
+    for name in (METRICS, "history.csv", "weights.pt"):
         shutil.copy(KEPT / name, folder)
-    metrics_with(lambda metrics: metrics["test"].update(images=12))(folder)
+    damage(folder / METRICS, '"images": 3669', '"images": 12')
     return folder
+
+
+@pytest.fixture
+def no_long_work(monkeypatch):
+    """Make loading the images of a split a failure."""
+    monkeypatch.setattr(pets, "load_pets", lambda *_, **__: pytest.fail("the long work began"))
 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_run_is_refused_in_a_sentence_before_the_work(
-    name, run_copy, sample, monkeypatch, complains
+    name, run_copy, sample, no_long_work, complains
 ):
-    monkeypatch.setattr(pets, "load_pets", lambda *_, **__: pytest.fail("the long work began"))
-    DAMAGED[name](run_copy)
+    file, old, new = DAMAGED[name]
+    damage(run_copy / file, old, new)
+    with complains():
+        score.main(str(sample.parent), str(run_copy))
+
+
+@pytest.mark.parametrize("file", [METRICS, "history.csv", "weights.pt"])
+@pytest.mark.parametrize("what", ["missing", "empty", "a folder"])
+def test_a_file_that_is_none_is_refused_in_a_sentence_before_the_work(
+    file, what, run_copy, sample, no_long_work, complains
+):
+    (run_copy / file).unlink()
+    if what == "empty":
+        (run_copy / file).touch()
+    if what == "a folder":
+        (run_copy / file).mkdir()
     with complains():
         score.main(str(sample.parent), str(run_copy))
 
