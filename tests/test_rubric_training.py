@@ -231,8 +231,9 @@ def test_confusion_matrix_counts_every_pixel_at_any_size(least):
     labels, masks = torch.randint(3, (2, *size), dtype=torch.uint8)
     masks[torch.rand(size) < 0.1] = IGNORE
     masks[0, 0, 0] = 0  # of one pixel at least, the label is known
-    expected, found = counted(labels, masks), pets.confusion_matrix(labels, masks)
-    expect(found.tolist() == expected.tolist(), f"the counts {expected}, rows the truth", found)
+    expected = counted(labels, masks).tolist()
+    found = pets.confusion_matrix(labels, masks).tolist()
+    expect(found == expected, f"the counts {expected}, rows the truth", found)
 
 
 # ------------------------------------------------------------------- the loop, seen from outside
