@@ -5,15 +5,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from damage import damage
 
 import petseg_utils as pets
 from experiments import ablations, norm_statistics, peer, score, sweep, throughput
+from experiments.command import as_script
 from experiments.compare import group_runs
 from experiments.read_runs import check_run, find_runs, read_table
 from experiments.tables import cut
@@ -23,26 +26,27 @@ SHOWN = (FOLDER / "README.md").read_text(encoding="utf-8")
 KEPT = pets.ROOT / "notebooks" / "oxford_run"
 
 
-def run_module(*arguments: object) -> subprocess.CompletedProcess:
-    """Run a module of the experiments as a person would."""
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
+PRINTED = {
+    "ablations": lambda: ablations.main(),
+    "optimisers": lambda: ablations.main("optimisers"),
+    "norm_statistics": norm_statistics.main,
+    "peer": peer.main,
+    "throughput": lambda: print(throughput.table(*map(headline, ("float32", "bfloat16")))),
+}
 
 
-@pytest.mark.parametrize(
-    "command", ["ablations", "ablations optimisers", "norm_statistics", "peer"]
-)
-def test_the_table_that_is_shown_is_what_the_module_prints(command):
-    printed = run_module(*f"experiments.{command}".split())
-    assert printed.returncode == 0, printed.stderr
-    assert printed.stdout.count("\n") > 5
-    assert printed.stdout in SHOWN
+def headline(precision: str) -> dict:
+    """Return the kept figures of the speed in a precision."""
+    text = (FOLDER / f"throughput_{precision}.json").read_text(encoding="utf-8")
+    return json.loads(text)["headline"]
 
 
-def test_the_table_of_the_speed_is_that_of_the_kept_result():
-    files = [FOLDER / f"throughput_{name}.json" for name in ("float32", "bfloat16")]
-    kept = [json.loads(file.read_text(encoding="utf-8"))["headline"] for file in files]
-    assert throughput.table(*kept) in SHOWN
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_table_that_is_shown_is_what_the_module_prints(name, capsys):
+    assert not PRINTED[name]()
+    printed = capsys.readouterr().out
+    assert printed.count("\n") > 5
+    assert printed in SHOWN
 
 
 @pytest.mark.parametrize("grid", ablations.GRIDS)
@@ -109,24 +113,18 @@ def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(tmp_path, monkeypa
     assert table.read_text() == "kept"
 
 
-def test_the_peer_trains_by_the_recipe_that_it_records(pets_of_noise):
+def test_the_peer_trains_by_the_recipe_that_it_records():
     small = {"IMAGE_SIZE": 16, "DEPTH": 2, "BASE_CHANNELS": 4, "BATCH_SIZE": 4, "EPOCHS": 2}
     recipe = peer.recipes()["AdamW"].but(**small)
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 3, 1)
     )
     before = net[0].weight.clone()
-    result = peer.train_and_score(net, (pets_of_noise,) * 3, recipe)
+    result = peer.train_and_score(net, (throughput.random_pets(8, 16),) * 3, recipe)
     assert not torch.equal(net[0].weight, before)
     assert pets.Recipe(**result["recipe"]) == recipe
     assert result["test"]["confusion_matrix"]
     assert result["parameters"] == sum(p.numel() for p in net.parameters())
-
-
-@pytest.fixture
-def pets_of_noise() -> pets.Pets:
-    """Eight pictures of noise, 16 x 16 pixels."""
-    return throughput.random_pets(8, 16)
 
 
 def test_both_optimisers_of_the_peer_differ_in_nothing_else():
@@ -138,32 +136,22 @@ def test_both_optimisers_of_the_peer_differ_in_nothing_else():
 
 
 def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
-    """What keeps freed memory must not be in the process of the plain step."""
+    """What keeps freed memory must not be in the process of the plain step: here, threads."""
     order = []
 
-    class Pool:
-        def __init__(self, workers, _context):
-            assert workers == 1
-            self.names = set()
+    def measure(name: str, _threads: int) -> int:
+        order.append((name, threading.get_ident()))
+        return len(order)
 
-        def __enter__(self):
-            return self
+    def one_thread(workers: int, _context: object) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(workers)
 
-        def __exit__(self, *_):
-            assert len(self.names) == 1
-
-        def submit(self, _work, name, _threads):
-            self.names.add(name)
-            order.append(name)
-            return self
-
-        def result(self):
-            return len(order)
-
-    monkeypatch.setattr(throughput, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(throughput, "measure", measure)
+    monkeypatch.setattr(throughput, "ProcessPoolExecutor", one_thread)
     seconds = throughput.in_turns()
     names = list(throughput.HEADLINE)
-    assert order == names * 6
+    assert [name for name, _ in order] == names * 6
+    assert len(set(order)) == len({thread for _, thread in order}) == len(names)
     assert seconds["plain"] == len(names) + 1  # the least after the round that warms up
     not_kept = [name for name, (keep, _) in throughput.HEADLINE.items() if not keep]
     assert not_kept == ["plain", "memory not kept"]
@@ -172,39 +160,30 @@ def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
 # ----------------------------------------------------------------------------------------- score.py
 
 
-def damaged(change: Callable[[dict], object]) -> bytes:
-    """Return the kept run's metrics.json, changed, as if it had been scored on twelve images."""
-    metrics = json.loads((KEPT / "metrics.json").read_text())
-    metrics["test"]["images"] = 12  # like the drawn dataset, so that only the change is wrong
-    change(metrics)
-    return json.dumps(metrics).encode()
-
-
-MALFORMED = {
-    "garbage": b"\x93\x00\xff garbage",
-    "empty": b"",
-    "half": (KEPT / "metrics.json").read_bytes()[:700],
-    "a list": b"[1, 2]",
-    "null": b"null",
-    "nested too deep": b"[" * 100_000,
-    "no parameters": damaged(lambda m: m.pop("parameters")),
-    "parameters a list": damaged(lambda m: m.update(parameters=[1])),
-    "a parameter missing": damaged(lambda m: m["parameters"].pop("SKIPS")),
-    "a stranger among them": damaged(lambda m: m["parameters"].update(EPOCH=3)),
-    "a text for a number": damaged(lambda m: m["parameters"].update(DEPTH="5")),
-    "out of range": damaged(lambda m: m["parameters"].update(IMAGE_SIZE=-128)),
-    "a huge net": damaged(lambda m: m["parameters"].update(BASE_CHANNELS=10**9)),
-    "another dataset": damaged(lambda m: m["parameters"].update(DATASET="sample")),
-    "no test": damaged(lambda m: m.pop("test")),
-    "test a text": damaged(lambda m: m.update(test="good")),
-    "accuracy a text": damaged(lambda m: m["test"].update(pixel_accuracy="high")),
-    "accuracy NaN": damaged(lambda m: m["test"].update(pixel_accuracy=float("nan"))),
-    "accuracy 7": damaged(lambda m: m["test"].update(pixel_accuracy=7)),
-    "other classes": damaged(lambda m: m["test"].update(iou={"cat": 0.5})),
-    "images a text": damaged(lambda m: m["test"].update(images="many")),
-    "another net": damaged(lambda m: m["parameters"].update(BASE_CHANNELS=16)),
-    "other images": damaged(lambda m: m["test"].update(images=3)),
+METRICS = "metrics.json"
+DAMAGED = {  # beside what compare_runs.ipynb refuses as well, in test_compare.py
+    "a list": (METRICS, "", "[1, 2]"),
+    "nested too deep": (METRICS, "", "[" * 100_000),
+    "a parameter missing": (METRICS, '"SKIPS": true,', ""),
+    "a stranger among them": (METRICS, '"SKIPS": true,', '"SKIPS": true, "EPOCH": 3,'),
+    "a text for a number": (METRICS, '"DEPTH": 5', '"DEPTH": "5"'),
+    "out of range": (METRICS, '"IMAGE_SIZE": 256', '"IMAGE_SIZE": -128'),
+    "a huge net": (METRICS, '"BASE_CHANNELS": 32', '"BASE_CHANNELS": 1000000000'),
+    "another dataset": (METRICS, '"DATASET": "oxford"', '"DATASET": "sample"'),
+    "another net": (METRICS, '"BASE_CHANNELS": 32', '"BASE_CHANNELS": 16'),
+    "other images": (METRICS, '"images": 12', '"images": 3'),
 }
+
+
+@pytest.fixture
+def run_copy(tmp_path) -> Path:
+    """A copy of the kept run without its notebook, as if scored on the twelve drawn images."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (METRICS, "history.csv", "weights.pt"):
+        shutil.copy(KEPT / name, folder)
+    damage(folder / METRICS, '"images": 3669', '"images": 12')
+    return folder
 
 
 @pytest.fixture
@@ -213,29 +192,19 @@ def no_long_work(monkeypatch):
     monkeypatch.setattr(pets, "load_pets", lambda *_, **__: pytest.fail("the long work began"))
 
 
-@pytest.fixture
-def run_copy(tmp_path) -> Path:
-    """A copy of the kept run, without its notebook."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("history.csv", "weights.pt"):
-        shutil.copy(KEPT / name, folder)
-    (folder / "metrics.json").write_bytes(damaged(lambda metrics: None))
-    return folder
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_run_is_refused_in_a_sentence_before_the_work(
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_run_is_refused_in_a_sentence_before_the_work(
     name, run_copy, sample, no_long_work, complains
 ):
-    (run_copy / "metrics.json").write_bytes(MALFORMED[name])
+    file, old, new = DAMAGED[name]
+    damage(run_copy / file, old, new)
     with complains():
         score.main(str(sample.parent), str(run_copy))
 
 
-@pytest.mark.parametrize("file", ["metrics.json", "history.csv", "weights.pt"])
+@pytest.mark.parametrize("file", [METRICS, "history.csv", "weights.pt"])
 @pytest.mark.parametrize("what", ["missing", "empty", "a folder"])
-def test_a_damaged_file_is_refused_in_a_sentence_before_the_work(
+def test_a_file_that_is_none_is_refused_in_a_sentence_before_the_work(
     file, what, run_copy, sample, no_long_work, complains
 ):
     (run_copy / file).unlink()
@@ -248,25 +217,31 @@ def test_a_damaged_file_is_refused_in_a_sentence_before_the_work(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nowhere",), ("README.md",), ("x" * 300,), (".", "nowhere"), (".", "README.md")]
+    "arguments", [("nowhere",), ("x" * 300,), (".", "nowhere"), (".", "README.md")]
 )
-def test_a_wrong_folder_ends_in_a_sentence_and_not_with_0(arguments):
-    done = run_module("experiments.score", *arguments)
+def test_a_wrong_folder_ends_in_a_sentence(arguments, complains):
+    with complains():
+        score.main(*arguments)
+
+
+def test_a_script_ends_a_mistake_in_a_line_and_with_1():
+    command = [sys.executable, "-m", "experiments.score", "README.md"]
+    done = subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stderr.strip().endswith(".")
+    (line,) = done.stderr.strip().splitlines()
+    assert line.endswith(".")
 
 
 @pytest.mark.parametrize("arguments", [(), (".", ".", ".")])
-def test_wrong_usage_shows_the_usage(arguments):
-    done = run_module("experiments.score", *arguments)
-    assert done.returncode == 1
-    assert "python -m experiments.score FOLDER [RUN]" in done.stderr
+def test_wrong_usage_shows_the_usage(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["score", *arguments])
+    with pytest.raises(SystemExit, match=re.escape("python -m experiments.score FOLDER [RUN]")):
+        as_script(score.main, score.__doc__)
 
 
 def test_weights_are_scored_again(run_copy, sample, capsys):
     """The kept net on twelve drawings: the score then is made up, the score now computed."""
-    metrics = json.loads((run_copy / "metrics.json").read_text())
+    metrics = json.loads((run_copy / "metrics.json").read_text(encoding="utf-8"))
     score.main(str(sample.parent), str(run_copy))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2

@@ -1,12 +1,14 @@
 """Criteria of the rubric: splits, loading, augmentation, seen from outside."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from drawn import draw
 from PIL import Image
+from torch import Tensor
 
 from petseg_utils import IGNORE, InputError, augment, hold_out, load_pets, read_split
 
@@ -15,22 +17,18 @@ NAMES = [f"{breed}_{number}" for breed in BREEDS for number in range(1, 31)]
 
 
 @pytest.fixture
-def copied(sample, tmp_path):
+def copied(sample, tmp_path) -> Path:
     """Return a copy of the small stand-in dataset, to be damaged."""
     return shutil.copytree(sample, tmp_path / "oxford-iiit-pet")
 
 
-def test_split_is_what_its_file_lists(copied):
+@pytest.mark.parametrize("split", ["trainval", "test"])
+def test_split_is_what_its_file_lists(copied, split):
     shutil.copy(copied / "images" / "pug_1.jpg", copied / "images" / "stray_1.jpg")
-    for split in ("trainval", "test"):
-        expected = sorted(
-            line.split()[0]
-            for line in (copied / "annotations" / f"{split}.txt").read_text().splitlines()
-        )
-        found = read_split(copied, split)
-        assert found == expected, (
-            f"expected the {len(expected)} names of {split}.txt, sorted, found {len(found)}"
-        )
+    lines = (copied / "annotations" / f"{split}.txt").read_text(encoding="utf-8").splitlines()
+    expected, found = sorted(line.split()[0] for line in lines), read_split(copied, split)
+    what = f"the {len(expected)} names of {split}.txt, sorted"
+    assert found == expected, f"expected {what}, found {len(found)}"
 
 
 def test_limit_draws_names_by_the_seed(sample):
@@ -55,23 +53,18 @@ def test_missing_file_is_named(copied):
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3])
 def test_held_out_images_are_a_share_of_every_breed_and_no_others(fraction):
-    rest, held = hold_out(NAMES, fraction, seed=draw("held out").randrange(1000))
-    common = set(rest) & set(held)
-    assert not common, f"expected no name on both sides, found {min(common)}"
-    assert sorted(rest + held) == sorted(NAMES), (
-        "expected every name on one side, found some on none"
-    )
-    found = {breed: sum(name.startswith(breed) for name in held) for breed in BREEDS}
-    count = round(30 * fraction)
-    assert set(found.values()) == {count}, (
-        f"expected {count} of 30 held out of every breed, found {found}"
-    )
-
-
-def test_held_out_images_depend_on_the_seed_alone():
-    first, again, other = (hold_out(NAMES, 0.1, seed=seed) for seed in (1, 1, 2))
+    seed = draw("held out").randrange(1000)
+    first, again, other = (hold_out(NAMES, fraction, seed=s) for s in (seed, seed, seed + 1))
     assert first == again, "expected the same images for the same seed, found others"
     assert first != other, "expected other images for another seed, found the same"
+    rest, held = first
+    common = set(rest) & set(held)
+    assert not common, f"expected no name on both sides, found {min(common)}"
+    lost = set(NAMES) ^ {*rest, *held}
+    assert not lost, f"expected every name on one side, found {min(lost)} on none"
+    found = {breed: sum(name.startswith(breed) for name in held) for breed in BREEDS}
+    what = f"{round(30 * fraction)} of 30 held out of every breed"
+    assert set(found.values()) == {round(30 * fraction)}, f"expected {what}, found {found}"
 
 
 @pytest.mark.parametrize("resize", ["nearest", "bilinear"])
@@ -79,21 +72,20 @@ def test_masks_are_resized_by_nearest_neighbour_and_shifted(sample, resize):
     """Or bilinearly, if the mistake is asked for; at a side of their own, if that is."""
     random = draw(f"masks {resize}")
     names = read_split(sample, "test")
+    how = "nearest neighbour" if resize == "nearest" else "resize='bilinear'"
     for mask_side in (0, random.randint(40, 60)):
         side = random.randint(20, 36)
         pets = load_pets(sample, names, side, mask_side=mask_side, resize=resize)
         size = 2 * [mask_side or side]
-        dtypes = (pets.images.dtype, pets.masks.dtype)
-        assert dtypes == (torch.uint8, torch.uint8), f"expected uint8, found {dtypes}"
+        dtypes = {pets.images.dtype, pets.masks.dtype}
+        assert dtypes == {torch.uint8}, f"expected uint8, found {dtypes}"
         assert list(pets.masks.shape[1:]) == size, f"expected masks of side {size[0]}, found others"
         for name, mask in zip(names, pets.masks, strict=True):
             trimap = Image.open(sample / "annotations" / "trimaps" / f"{name}.png")
             expected = np.array(trimap.resize(size, Image.Resampling[resize.upper()])) - 1
             wrong = int((mask.numpy() != expected).sum())
-            how = "nearest neighbour" if resize == "nearest" else "resize='bilinear'"
-            assert wrong == 0, (
-                f"expected the trimap by {how} minus 1, found {wrong} other pixels in {name}"
-            )
+            what = f"the trimap by {how} minus 1"
+            assert wrong == 0, f"expected {what}, found {wrong} other pixels in {name}"
 
 
 def test_images_are_resized_smoothly_and_belong_to_their_names(sample):
@@ -106,68 +98,57 @@ def test_images_are_resized_smoothly_and_belong_to_their_names(sample):
         photo = Image.open(sample / "images" / f"{name}.jpg").convert("RGB")
         expected = np.array(photo.resize((side, side), Image.Resampling.BILINEAR), dtype=float)
         error = np.abs(image.permute(1, 2, 0).numpy() - expected).mean()
-        assert error < 2, (
-            f"expected {name} resized bilinearly, found a mean difference of {error:.0f}"
-        )
+        what = f"{name} resized bilinearly"
+        assert error < 2, f"expected {what}, found a mean difference of {error:.0f}"
 
 
 # ------------------------------------------------------------------- augmentation
 
 
-@pytest.fixture
-def moved() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return 64 images, bright where their mask is 0, and masks, before and after augmentation."""
+@pytest.fixture(scope="module")
+def moved() -> tuple[Tensor, Tensor, Tensor]:
+    """Return masks, and 256 images, bright where their mask is 0, augmented with their masks."""
     torch.manual_seed(draw("moved").randrange(2**31))
-    masks = torch.ones(64, 32, 32, dtype=torch.uint8)
+    masks = torch.ones(256, 32, 32, dtype=torch.uint8)
     masks[:, 4:20, 2:10] = 0
     masks[:, 4:12, 10:28] = 2
     images = torch.where(masks == 0, 230, 30).byte().unsqueeze(1).repeat(1, 3, 1, 1)
-    before = images.clone(), masks.clone()
-    return *before, *augment(images, masks)
+    return masks, *augment(images, masks.clone())
 
 
 def test_mask_moves_with_its_image(moved):
-    _, _, images, masks = moved
-    bright = images.float().mean(1) > 130
-    known = masks != IGNORE
-    agree = (bright == (masks == 0))[known].float().mean().item()
-    assert agree > 0.95, (
-        f"expected the labels where the image has them, found {agree:.0%} of the pixels so"
-    )
+    _, images, masks = moved
+    agree = ((images.float().mean(1) > 130) == (masks == 0))[masks != IGNORE].float().mean()
+    what = "the labels where the image has them"
+    assert agree > 0.95, f"expected {what}, found {agree:.0%} of the pixels so"
 
 
 def test_augmentation_flips_and_moves(moved):
-    _, before, _, after = moved
+    before, _, after = moved
     flipped = sum(int((m[:, 16:] == 0).sum() > (m[:, :16] == 0).sum()) for m in after)
-    assert 16 <= flipped <= 48, f"expected about half of 64 images flipped, found {flipped}"
-    plain = [
-        torch.equal(a, b) or torch.equal(a, b.flip(1)) for a, b in zip(after, before, strict=True)
-    ]
-    assert sum(plain) < 16, (
-        f"expected most images moved as well, found {sum(plain)} of 64 that are not"
-    )
+    assert 80 <= flipped <= 176, f"expected about half of 256 images flipped, found {flipped}"
+    pairs = zip(after, before, strict=True)
+    plain = sum(torch.equal(a, b) or torch.equal(a, b.flip(1)) for a, b in pairs)
+    assert plain < 64, f"expected most images moved as well, found {plain} of 256 that are not"
 
 
 def test_augmented_labels_are_classes_or_ignored(moved):
-    images, masks = moved[2:]
+    before, images, masks = moved
     strangers = set(masks.unique().tolist()) - {0, 1, 2, IGNORE}
     assert not strangers, f"expected the labels 0, 1, 2 and {IGNORE}, found {min(strangers)}"
-    assert IGNORE in masks, (
-        f"expected {IGNORE} where pixels come from outside the photo, found none"
-    )
-    assert (images.dtype, masks.dtype) == (torch.uint8, torch.uint8), (
-        "expected uint8, found other dtypes"
-    )
-    assert images.shape == (64, 3, 32, 32), (
-        f"expected the shapes to stay, found {tuple(images.shape)}"
-    )
+    what = f"expected {IGNORE} where pixels come from outside the photo"
+    assert IGNORE in masks, f"{what}, found none"
+    dtypes = {images.dtype, masks.dtype}
+    assert dtypes == {torch.uint8}, f"expected uint8, found {dtypes}"
+    shapes = (images.shape, masks.shape)
+    what = "expected the shapes to stay"
+    assert shapes == ((256, 3, 32, 32), before.shape), f"{what}, found {shapes}"
 
 
 def test_half_the_strength_of_augmentation_moves_half_as_much():
-    images, masks = torch.full((256, 3, 32, 32), 127).byte(), torch.zeros(256, 32, 32).byte()
+    images, masks = torch.full((2048, 3, 16, 16), 127).byte(), torch.zeros(2048, 16, 16).byte()
     torch.manual_seed(draw("strength").randrange(2**31))
     outside = [(augment(images, masks, s)[1] == IGNORE).float().mean().item() for s in (0.5, 1)]
     share = outside[0] / outside[1]
-    assert 0.35 < share < 0.7, (
-        f"expected about half as much from outside at half the strength, found {share:.0%}"
-    )
+    what = "about half as much from outside at half the strength"
+    assert 0.35 < share < 0.7, f"expected {what}, found {share:.0%}"
