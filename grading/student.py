@@ -16,6 +16,7 @@ import nbformat
 from grading.grade import (
     ROOT,
     Criterion,
+    HandIn,
     attempt,
     copy_around_notebooks,
     expected_tests,
@@ -28,7 +29,9 @@ TEXTS = tomllib.loads((ROOT / "grading" / "student.toml").read_text(encoding="ut
 TO_WRITE = TEXTS["to_write"]
 OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules at the top
 CHECK = (
+    "grading/__main__.py",
     "grading/grade.py",
+    "grading/hand_ins.py",
     "grading/sandbox.py",
     "grading/guard.py",
     "grading/canary.py",
@@ -125,7 +128,7 @@ def prove() -> list[int]:
             )
         ends = [
             outcomes["all"]
-            for outcomes in attempt([(module, module, [every]) for module in modules], 900)
+            for outcomes in attempt([(HandIn(module, module), [every]) for module in modules], 900)
         ]
     return [sum(c.points * judge(c, expected[c.id], end).passed for c in rubric) for end in ends]
 

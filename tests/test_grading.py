@@ -40,7 +40,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 def run(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run one of the grader's programs."""
-    command = [sys.executable, "-m", f"grading.{module}", *map(str, arguments)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -49,7 +49,7 @@ def grade_quickly(source: str, folder: Path, *, cwd: Path = ROOT) -> dict:
     (folder / "hand-in").mkdir(parents=True, exist_ok=True)
     (folder / "hand-in" / "petseg_utils.py").write_text(source, encoding="utf-8")
     done = run(
-        "grade", "--quick", "--hand-in", folder / "hand-in", "--out", folder / "out", cwd=cwd
+        "grading", "--quick", "--hand-in", folder / "hand-in", "--out", folder / "out", cwd=cwd
     )
     assert (folder / "out" / "grade.json").exists(), done.stdout + done.stderr
     return json.loads((folder / "out" / "grade.json").read_text(encoding="utf-8")) | {
@@ -115,7 +115,7 @@ def test_every_mutant_still_applies(source):
 
 
 def test_sample_of_the_mutants_is_judged_rightly():
-    done = run("mutate", "--sample")
+    done = run("grading.mutate", "--sample")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("\nok") > 15
 
@@ -256,7 +256,7 @@ def hand_ins(source, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def graded(hand_ins) -> dict[str, dict]:
     """Return grades.csv of that class, graded once, line by line."""
-    done = run("grade", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
+    done = run("grading", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
     assert done.returncode == 0, done.stderr
     count = len(list(hand_ins.iterdir()))
     assert f"{count} of {count} hand-ins graded" in done.stdout
@@ -303,7 +303,7 @@ def test_what_cannot_be_graded_is_told_once(hand_ins, graded, name, reason):
 def test_class_is_graded_again_only_where_something_changed(hand_ins, graded):
     module = hand_ins / "replaces pytest" / "petseg_utils.py"
     module.write_text("import another_package\n", encoding="utf-8")
-    done = run("grade", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
+    done = run("grading", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
     unread = {"a link", "nothing"}  # whose files can't be compared
     assert f"{1 + len(unread)} of {len(graded)} hand-ins graded" in done.stdout
     text = (hand_ins.parent / "out" / "grades.csv").read_text(encoding="utf-8")
@@ -319,7 +319,7 @@ def test_class_is_graded_again_only_where_something_changed(hand_ins, graded):
     ],
 )
 def test_what_to_grade_is_asked_for_in_a_sentence(arguments, said):
-    done = run("grade", "--quick", *arguments)
+    done = run("grading", "--quick", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(said)
 
@@ -448,7 +448,7 @@ def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
     (tmp_path / "grading" / "spy.py").touch()
     monkeypatch.setenv("PYTHONPATH", "")  # the grader sets it: so it is put back
     monkeypatch.chdir(tmp_path)
-    grader.execute(tmp_path, [].append)
+    grader.execute(tmp_path, tmp_path)
     monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
     with pytest.raises(pytest.fail.Exception, match="ended its kernel in code cell 3, 'import os"):
         notebook_criteria.test_notebook_runs_to_its_end()
@@ -476,7 +476,7 @@ def test_student_edition_keeps_docstrings_and_loses_bodies(source):
 
 def test_score_rises_function_by_function():
     """From at most 10 % for the edition to all points, as bodies are put back."""
-    done = run("student", "--prove")
+    done = run("grading.student", "--prove")
     names, points = list(TO_WRITE), list(map(int, done.stdout.split()))
     most = sum(row["points"] for row in OF_MODULE)
     assert len(points) == len(names) + 1, done.stderr
@@ -498,7 +498,7 @@ def test_student_edition_is_complete_and_holds_no_grader(tmp_path):
     ]
     cells = nbformat.read(folder / "notebooks" / "pet_segmentation.ipynb", as_version=4).cells
     assert not [cell for cell in cells if cell.get("outputs")]
-    done = run("grade", "--quick", "--hints", cwd=folder)
+    done = run("grading", "--quick", "--hints", cwd=folder)
     assert "hint: " in done.stdout
     assert done.stdout.count("Write `conv_plus_conv` first: ") == 1
     assert int(re.search(r"^(\d+) of 80 points", done.stdout, re.MULTILINE)[1]) <= 8
