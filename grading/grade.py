@@ -511,7 +511,7 @@ def write(out: Path, graded: Grade, pass_mark: float, seconds: float, digest: st
         for r in graded.results
     ]
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2) + "\n"
-    (out / "grade.json").write_text(text, encoding="utf-8")
     (out / "grade.md").write_text(as_markdown(graded, str(whole)), encoding="utf-8")
     (out / "junit.xml").write_bytes(as_junit(graded.results))
+    # Last: its being there says that the hand-in is graded.
+    (out / "grade.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

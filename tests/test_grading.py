@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from contextlib import nullcontext
 from itertools import pairwise
@@ -308,6 +310,28 @@ def test_class_is_graded_again_only_where_something_changed(hand_ins, graded):
     assert f"{1 + len(unread)} of {len(graded)} hand-ins graded" in done.stdout
     text = (hand_ins.parent / "out" / "grades.csv").read_text(encoding="utf-8")
     assert text.count("another_package") == 1
+
+
+def test_interrupted_class_keeps_what_is_done(tmp_path):
+    for name, start in {"broken": "import no_such_package", "slow": "while True: pass"}.items():
+        (tmp_path / "class" / name).mkdir(parents=True)
+        (tmp_path / "class" / name / "petseg_utils.py").write_text(start, encoding="utf-8")
+    table = tmp_path / "out" / "grades.csv"
+    places = ["--hand-ins", tmp_path / "class", "--out", table.parent]
+    command = [sys.executable, "-m", "grading", "--quick", *map(str, places)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+        while process.poll() is None and not table.exists():
+            time.sleep(0.1)
+        jobs = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+        said, errors = process.communicate()
+    assert "1 of 2 hand-ins graded" in said, errors
+    assert said.endswith("Stopped: the same command grades the others.\n")
+    assert "Traceback" not in errors
+    assert [row["name"] for row in csv.DictReader(table.open(encoding="utf-8"))] == ["broken"]
+    _, alive = psutil.wait_procs(jobs, timeout=60)
+    assert alive == []
 
 
 @pytest.mark.parametrize(
