@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -23,8 +22,6 @@ import nbformat
 import psutil
 import pytest
 
-from grading import notebook as grader
-from grading import test_notebook as notebook_criteria
 from grading.mutants import (
     MODULE_FAULTS,
     MODULE_HARMLESS,
@@ -424,58 +421,6 @@ def test_sandbox_ends_what_forks_hides_floods_or_spills(tmp_path):
     running = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == command]
     _, alive = psutil.wait_procs(running, timeout=60)  # Linux takes a moment to bury thousands
     assert alive == []
-
-
-# ------------------------------------------------------------------- stored outputs
-
-
-def small_notebook() -> nbformat.NotebookNode:
-    """Return a notebook of eight cells as it is stored after a run."""
-    cells = []
-    for number in range(1, 9):
-        output = nbformat.v4.new_output("stream", text=f"{number * number}\n")
-        source = f"print({number} * {number})"
-        cells.append(nbformat.v4.new_code_cell(source, execution_count=number, outputs=[output]))
-    return nbformat.v4.new_notebook(cells=cells)
-
-
-@pytest.mark.parametrize(
-    "fault", [None, *OUTPUT_FAULTS], ids=lambda fault: fault.name if fault else "as it was run"
-)
-def test_stored_outputs_fail_with_the_reason(tmp_path, monkeypatch, fault):
-    notebook = small_notebook()
-    (tmp_path / "notebooks").mkdir()
-    nbformat.write(notebook, tmp_path / "executed.ipynb")  # what the grader saw
-    if fault:
-        fault.mark(notebook.cells)
-    nbformat.write(notebook, tmp_path / "notebooks" / "pet_segmentation.ipynb")
-    for name in ("conftest.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
-    monkeypatch.setattr(notebook_criteria, "STORED", tmp_path)
-    with pytest.raises(AssertionError, match=re.escape(fault.why)) if fault else nullcontext():
-        notebook_criteria.test_stored_outputs_reproduce()
-
-
-def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
-    notebook = small_notebook()
-    notebook.metadata.kernelspec = {
-        "name": "python3",
-        "language": "python",
-        "display_name": "Python 3",
-    }
-    notebook.cells[2].source = "import os; os._exit(0)"
-    for name in ("notebooks", "support", "grading"):
-        (tmp_path / name).mkdir()
-    nbformat.write(notebook, tmp_path / "notebooks" / "pet_segmentation.ipynb")
-    shutil.copy(ROOT / "support" / "sample_pets.py", tmp_path / "support")
-    (tmp_path / "grading" / "spy.py").touch()
-    monkeypatch.setenv("PYTHONPATH", "")  # the grader sets it: so it is put back
-    monkeypatch.chdir(tmp_path)
-    grader.execute(tmp_path, tmp_path)
-    monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
-    with pytest.raises(pytest.fail.Exception, match="ended its kernel in code cell 3, 'import os"):
-        notebook_criteria.test_notebook_runs_to_its_end()
 
 
 # ------------------------------------------------------------------- the student edition

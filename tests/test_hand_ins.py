@@ -4,6 +4,7 @@ The same holds for datasets that differ from the real one.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 import petseg_utils as pets
 from grading import notebook as grader
 from grading import test_notebook as criteria
-from grading.mutants import MODULE_HARMLESS
+from grading.mutants import MODULE_HARMLESS, OUTPUT_FAULTS
 from support.trace import names_in_use
 
 NOTEBOOK = "notebooks/pet_segmentation.ipynb"
@@ -155,6 +156,26 @@ def test_grader_sets_where_and_on_what_and_goes_on_after_a_cell_that_fails(stage
         criteria.test_notebook_runs_to_its_end()
 
 
+def test_cell_that_ends_the_kernel_is_named(staged):
+    content = small_notebook()
+    content["cells"].insert(2, nbformat.v4.new_code_cell("import os; os._exit(0)"))
+    write(staged, content)
+    grader.execute(staged, staged)
+    with pytest.raises(pytest.fail.Exception, match="ended its kernel in code cell 2, 'import os"):
+        criteria.test_notebook_runs_to_its_end()
+
+
+@pytest.mark.parametrize("fault", OUTPUT_FAULTS, ids=lambda fault: fault.name)
+def test_stored_outputs_fail_with_the_reason(staged, fault):
+    text = json.dumps(small_notebook()).replace("oxford", "sample")
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.write(notebook, staged / "executed.ipynb")  # what the grader saw
+    fault.mark([cell for cell in notebook.cells if cell.cell_type == "code"])
+    write(staged, json.loads(nbformat.writes(notebook)))
+    with pytest.raises(AssertionError, match=re.escape(fault.why)):
+        criteria.test_stored_outputs_reproduce()
+
+
 def test_outputs_are_compared_whatever_the_kernel_and_the_device_are_called(staged):
     """Those of pictures that the grader doesn't have need only be there."""
     content = small_notebook()
@@ -245,17 +266,22 @@ def test_every_number_of_metrics_that_is_wrong_is_told(staged, scored):
         criteria.test_metrics_say_what_was_done(names, model)
 
     judge()
-    content = pets.read_run(staged)
-    del content["versions"], content["name"], content["history"]
+    content = json.loads((staged / "metrics.json").read_text(encoding="utf-8"))
+    del content["versions"]
+    unseen = set()
     for part, key in leaves(content):
         if part is content["parameters"] and key not in grader.PARAMETERS:
             continue  # how to train is the learner's
         kept = part[key]
         part[key] = [[0] * 3] * 3 if isinstance(kept, list) else "x" if isinstance(kept, str) else 9
         (staged / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(AssertionError, match=key):
+        part[key], why = kept, ""
+        try:
             judge()
-        part[key] = kept
+        except AssertionError as error:
+            why = str(error)
+        unseen |= {key} - set(re.split(r"[ .,]", why))
+    assert unseen == set()
 
 
 # ---------------------------------------------------------------------------------- whole hand-ins
