@@ -324,10 +324,10 @@ def pictures() -> tempfile.TemporaryDirectory:
     return drawn
 
 
-def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion], threads: int) -> dict[str, Job]:
+def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion]) -> dict[str, Job]:
     """Return the jobs that grade a hand-in: "run", which executes its notebook, and a criterion's.
 
-    The last one, strict nbval, takes by far the longest, and may have `threads`.
+    Each computes on one thread: what a net learns depends on how many there are.
     """
     own, jobs = grader_files(), {}
     files = {**own, **hand_in.others, MODULE: hand_in.module.read_bytes()}
@@ -355,7 +355,7 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion], threads: int)
         if c.notebook:
             stored = stage(folder / f"{c.id}-stored", files, notebook)
             os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
-            os.environ |= {"GRADED_PICTURES": str(drawn), "OMP_NUM_THREADS": str(threads)}
+            os.environ["GRADED_PICTURES"] = str(drawn)
         tests = [*c.tests, str(canary)]
         run_pytest(stage(folder / c.id, used), tests, guarded=not c.notebook)
 
@@ -373,10 +373,9 @@ def attempt(
     Returns for each the outcomes by criterion, and that of its notebook as "run".
     """
     workers = min(workers, os.cpu_count() or 1)
-    threads = workers if len(hand_ins) == 1 else 1  # then no other job is left beside the last
     with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary).resolve()
-        plans = [plan(folder / str(n), *pair, threads) for n, pair in enumerate(hand_ins)]
+        plans = [plan(folder / str(n), *pair) for n, pair in enumerate(hand_ins)]
         jobs = {job.name: job for some in plans for job in some.values()}  # a run may be shared
         outcomes = run_jobs(list(jobs.values()), workers, seconds)
     return [{key: outcomes[job.name] for key, job in some.items()} for some in plans]
