@@ -54,7 +54,7 @@ outputs: .venv/installed
 # Grade a hand-in by grading/rubric.toml, or the project itself without HAND_IN, or a class, each of
 # whose hand-ins is a folder in HAND_INS; QUICK=1 judges the module alone.
 grade: .venv/installed
-	@$(BIN)/python -m grading.grade $(if $(HAND_IN),--hand-in "$(HAND_IN)") \
+	@$(BIN)/python -m grading $(if $(HAND_IN),--hand-in "$(HAND_IN)") \
 		$(if $(HAND_INS),--hand-ins "$(HAND_INS)") $(if $(OUT),--out "$(OUT)") $(if $(QUICK),--quick)
 
 # Grade some hundred seeded faults and harmless variants: each fault has to cost its criterion.

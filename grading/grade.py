@@ -1,4 +1,4 @@
-"""Grade a hand-in by the rubric: `python -m grading.grade --hand-in FOLDER --out FOLDER [--quick]`.
+"""Grade a hand-in by the rubric.
 
 The hand-in's module, notebook and other Python files are laid beside the grader's own everything
 else, afresh for every criterion, whose tests run in a process of their own. This process never
@@ -6,7 +6,6 @@ imports the hand-in; it counts the tests of every criterion with its own module,
 missing, skipped or silent scores nothing.
 """
 
-import argparse
 import importlib
 import json
 import os
@@ -15,7 +14,6 @@ import secrets
 import shutil
 import sys
 import tempfile
-import time
 import tomllib
 from collections.abc import Callable
 from functools import cache, partial
@@ -75,6 +73,11 @@ class Criterion(NamedTuple):
     hint: str = ""
     seconds: float = LIMIT
 
+    @property
+    def kind(self) -> str:
+        """Name the criteria that are judged in one process; a slow one is judged in its own."""
+        return self.id if self.seconds > LIMIT else "notebook" if self.notebook else "module"
+
 
 class Result(NamedTuple):
     """What a hand-in got for a criterion, and why not all of it."""
@@ -115,6 +118,7 @@ class HandIn(NamedTuple):
     module: Path
     notebook: Path
     others: Files = MappingProxyType({})
+    run: str = ""  # names the run of its notebook if it has the same code as others
 
 
 def find(hand_in: Path, file: Path) -> Path:
@@ -307,23 +311,43 @@ def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
 # ------------------------------------------------------------------- grading
 
 
-def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion], threads: int) -> list[Job]:
-    """Return the jobs that grade a hand-in, one for every criterion, named by their folders.
+@cache
+def pictures() -> tempfile.TemporaryDirectory:
+    """Draw what all notebooks are run on; the folder goes when this process ends."""
+    from grading.notebook import draw_pictures
 
-    The last one, strict nbval, takes by far the longest, and may have `threads`.
+    drawn = tempfile.TemporaryDirectory(prefix="pictures-")
+    folder, seed = Path(drawn.name).resolve(), int(os.environ["GRADED_SEED"])
+    job = Job("", lambda _: draw_pictures(folder, seed), LIMIT, writable=folder)
+    if run_jobs([job], 1, LIMIT)[""].end != "finished":
+        sys.exit(f"No pictures can be drawn into {folder}: make room, or give the machine time.")
+    return drawn
+
+
+def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion]) -> dict[str, Job]:
+    """Return the jobs that grade a hand-in: "run", which executes its notebook, and a criterion's.
+
+    Each computes on one thread: what a net learns depends on how many there are.
     """
-    own = grader_files()
+    own, jobs = grader_files(), {}
     files = {**own, **hand_in.others, MODULE: hand_in.module.read_bytes()}
-    notebook, run = hand_in.notebook.read_bytes(), folder / "run"
-    jobs = []
+    notebook, run = (
+        hand_in.notebook.read_bytes(),
+        folder.parent / (hand_in.run or f"{folder.name}-run"),
+    )
+    seen = [ROOT]
     if any(c.notebook for c in criteria):
-        from grading.notebook import SECONDS, execute  # the student edition does without
+        from grading.notebook import SECONDS, execute, quiz_of  # the student edition does without
+
+        drawn = Path(pictures().name).resolve()
+        seen.append(drawn)
 
         def execute_notebook(_: Callable[[dict], None]) -> None:
-            execute(stage(run, files, notebook), report)
+            execute(stage(run, files, notebook), drawn / "new")
+            report({"quiz": quiz_of(run / "executed.ipynb")})
 
-        run.mkdir(parents=True)
-        jobs.append(Job(str(run), execute_notebook, SECONDS, writable=run, readable=(ROOT,)))
+        run.mkdir(parents=True, exist_ok=True)
+        jobs["run"] = Job(str(run), execute_notebook, SECONDS, writable=run, readable=seen)
 
     def work_on(c: Criterion, _: Callable[[dict], None]) -> None:
         canary = Path("tests") / f"test_{secrets.token_hex(4)}.py"  # a name like any other
@@ -331,32 +355,30 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion], threads: int)
         if c.notebook:
             stored = stage(folder / f"{c.id}-stored", files, notebook)
             os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
-            os.environ["OMP_NUM_THREADS"] = str(threads)
+            os.environ["GRADED_PICTURES"] = str(drawn)
         tests = [*c.tests, str(canary)]
         run_pytest(stage(folder / c.id, used), tests, guarded=not c.notebook)
 
     for c in criteria:
-        job = Job(str(folder / c.id), partial(work_on, c), c.seconds, readable=(ROOT,))
-        if c.notebook:
-            job = job._replace(after=str(run), readable=(ROOT, run))
-        jobs.append(job)
+        job = Job(str(folder / c.id), partial(work_on, c), c.seconds, readable=seen)
+        jobs[c.id] = job._replace(after=str(run), readable=[*seen, run]) if c.notebook else job
     return jobs
 
 
-def attempt(hand_ins: list[tuple], seconds: float, workers: int = 4) -> list[dict[str, Outcome]]:
-    """Run hand-ins, each (module, notebook, criteria, other files or none), side by side.
+def attempt(
+    hand_ins: list[tuple[HandIn, list[Criterion]]], seconds: float, workers: int = 4
+) -> list[dict[str, Outcome]]:
+    """Judge hand-ins by criteria, side by side.
 
     Returns for each the outcomes by criterion, and that of its notebook as "run".
     """
     workers = min(workers, os.cpu_count() or 1)
-    threads = workers if len(hand_ins) == 1 else 1  # then no other job is left beside the last
     with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
-        jobs = []
-        for number, (module, notebook, criteria, *others) in enumerate(hand_ins):
-            folder = Path(temporary).resolve() / str(number)
-            jobs.append(plan(folder, HandIn(module, notebook, *others), criteria, threads))
-        outcomes = run_jobs([job for some in jobs for job in some], workers, seconds)
-        return [{Path(job.name).name: outcomes[job.name] for job in some} for some in jobs]
+        folder = Path(temporary).resolve()
+        plans = [plan(folder / str(n), *pair) for n, pair in enumerate(hand_ins)]
+        jobs = {job.name: job for some in plans for job in some.values()}  # a run may be shared
+        outcomes = run_jobs(list(jobs.values()), workers, seconds)
+    return [{key: outcomes[job.name] for key, job in some.items()} for some in plans]
 
 
 class Grade(NamedTuple):
@@ -367,22 +389,22 @@ class Grade(NamedTuple):
 
 
 def grade(hand_in: HandIn, rubric: Rubric, expected: dict[str, list[str]], workers: int) -> Grade:
-    """Grade a hand-in: all criteria of the module in one process, and alone what failed there."""
-    of_module = [c for c in rubric.criteria if not c.notebook]
-    tests = [test for c in of_module for test in c.tests]
-    together = Criterion("together", 0, "", tests, seconds=2 * LIMIT)
-    of_notebook = [c for c in rubric.criteria if c.notebook]
-    first = [(hand_in.module, hand_in.notebook, [together, *of_notebook], hand_in.others)]
-    [outcomes] = attempt(first, rubric.seconds, workers)
-    whole = outcomes.pop("together")
-    outcomes |= {c.id: whole for c in of_module}
+    """Grade a hand-in: what is quick in one process, and alone what failed there for its module."""
+    kinds = {c.id: c.kind for c in rubric.criteria}
+    together = {kind: Criterion(kind, 0, "", [], kind != "module") for kind in kinds.values()}
+    for c in rubric.criteria:
+        most = max(together[c.kind].seconds, c.seconds, 2 * LIMIT)
+        together[c.kind] = together[c.kind]._replace(seconds=most)
+        together[c.kind].tests.extend(c.tests)
+    [ends] = attempt([(hand_in, list(together.values()))], rubric.seconds, workers)
+    outcomes, whole = {c: ends[kind] for c, kind in kinds.items()}, ends["module"]
     imported = any("module handed in" in report for report in whole.reports)
     if imported and not any("tampered" in report for report in whole.reports):
+        of_module = [c for c in rubric.criteria if not c.notebook]
         again = [c for c in of_module if not judge(c, expected[c.id], whole).passed]
-        alone = [(hand_in.module, hand_in.notebook, again, hand_in.others)]
-        outcomes |= attempt(alone, rubric.seconds, workers)[0] if again else {}
+        outcomes |= attempt([(hand_in, again)], rubric.seconds, workers)[0] if again else {}
     results = [judge(c, expected[c.id], outcomes[c.id]) for c in rubric.criteria]
-    reports = outcomes["run"].reports if "run" in outcomes else []
+    reports = ends["run"].reports if "run" in ends else []
     quiz = [report["quiz"] for report in reports if "quiz" in report]
     return told_once(results, imported, quiz)
 
@@ -488,38 +510,7 @@ def write(out: Path, graded: Grade, pass_mark: float, seconds: float, digest: st
         for r in graded.results
     ]
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2) + "\n"
-    (out / "grade.json").write_text(text, encoding="utf-8")
     (out / "grade.md").write_text(as_markdown(graded, str(whole)), encoding="utf-8")
     (out / "junit.xml").write_bytes(as_junit(graded.results))
-
-
-def main() -> None:
-    """Grade, print the rubric, write the files; exit with 0 at or above the pass mark."""
-    parser = argparse.ArgumentParser(description="Grade hand-ins by grading/rubric.toml.")
-    add = parser.add_argument
-    add("--hand-in", type=Path, default=ROOT, help="its folder; the project itself unless given")
-    add("--hand-ins", type=Path, help="a folder in which every folder is a hand-in; needs --out")
-    add("--out", type=Path, help="folder for grade.json, grade.md and junit.xml (and grades.csv)")
-    add("--quick", action="store_true", help="judge the module alone")
-    add("--hints", action="store_true", help="add a hint for every criterion that is not met")
-    given = parser.parse_args()
-    start = time.monotonic()
-    rubric = read_rubric(quick=given.quick)
-    if given.hand_ins:
-        from grading.hand_ins import grade_class  # the student edition does without
-
-        sys.exit(grade_class(given.hand_ins, given.out, rubric))
-    hand_in = find_all(given.hand_in)
-    prepare()
-    graded = grade(hand_in, rubric, expected_tests(rubric.criteria), 4)
-    show(graded, given.hints)
-    whole, seconds = total(graded.results, rubric.pass_mark), time.monotonic() - start
-    print(f"{whole}: {'passed' if whole.passed else 'NOT passed'}, in {seconds:.0f} s.")
-    if given.out:
-        write(given.out, graded, rubric.pass_mark, seconds)
-    sys.exit(not whole.passed)
-
-
-if __name__ == "__main__":
-    main()
+    # Last: its being there says that the hand-in is graded.
+    (out / "grade.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

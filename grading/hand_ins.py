@@ -1,4 +1,4 @@
-"""Grade a class, each folder in a folder a hand-in: `python -m grading.grade --hand-ins FOLDER`.
+"""Grade a class, each folder in a folder a hand-in: `python -m grading --hand-ins FOLDER`.
 
 Hand-ins are graded side by side, each in a process that takes one core. What was graded before is
 graded again only if the hand-in, the rubric or the grader has changed since.
@@ -27,6 +27,7 @@ from grading.grade import (
     find_all,
     grade,
     grader_files,
+    pictures,
     prepare,
     write,
 )
@@ -34,7 +35,7 @@ from grading.grade import (
 
 def digest(folder: Path, rubric: Rubric) -> str:
     """Return a number that changes with the hand-in, the rubric and the grader."""
-    module, notebook, others = find_all(folder)
+    module, notebook, others, _ = find_all(folder)
     files = {MODULE: module.read_bytes(), NOTEBOOK: notebook.read_bytes()}
     content = hashlib.sha256(repr(rubric).encode())
     for own in (grader_files(), others, files):
@@ -105,6 +106,8 @@ def grade_class(folder: Path, out: Path | None, rubric: Rubric) -> str | None:
     if not folders:
         return f"{folder} holds no folder: every hand-in has to be a folder in it."
     prepare()
+    if any(c.notebook for c in rubric.criteria):
+        pictures()  # once for all
     out.mkdir(parents=True, exist_ok=True)
     names, graded = [path.name for path in folders], []
     work = partial(grade_one, rubric, expected_tests(rubric.criteria), out.absolute())

@@ -93,7 +93,8 @@ def judge_mutants(chosen: list[Mutant]) -> list[Result]:
             path = Path(temporary).resolve() / f"{number}{own.suffix}"
             write(mutant, path)
             pair = (path, ROOT / NOTEBOOK) if kind == "module" else (ROOT / MODULE, path)
-            hand_ins.append((*pair, [judged[-1]]))
+            shared = "" if mutant.changes else "as it is"  # other outputs, the same code
+            hand_ins.append((grade.HandIn(*pair, run=shared), [judged[-1]]))
         outcomes = grade.attempt(hand_ins, MOST_SECONDS)
         return [
             grade.judge(c, expected[c.id], outcome[c.id])

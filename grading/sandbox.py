@@ -17,7 +17,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,7 @@ class Job(NamedTuple):
     seconds: float
     after: str = ""  # the job that has to end first
     writable: Path | None = None  # the folder that it may write to, beside a /tmp of its own
-    readable: tuple[Path, ...] = ()  # what it reads, also if that lies in /tmp
+    readable: Sequence[Path] = ()  # what it reads, also if that lies in /tmp
 
 
 class Outcome(NamedTuple):

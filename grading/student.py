@@ -4,6 +4,7 @@ Bodies are cut out by the syntax tree, so that the solution needs no markers; do
 """
 
 import ast
+import re
 import shutil
 import sys
 import tempfile
@@ -14,8 +15,11 @@ from pathlib import Path
 import nbformat
 
 from grading.grade import (
+    MODULE,
+    NOTEBOOK,
     ROOT,
     Criterion,
+    HandIn,
     attempt,
     copy_around_notebooks,
     expected_tests,
@@ -28,7 +32,9 @@ TEXTS = tomllib.loads((ROOT / "grading" / "student.toml").read_text(encoding="ut
 TO_WRITE = TEXTS["to_write"]
 OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules at the top
 CHECK = (
+    "grading/__main__.py",
     "grading/grade.py",
+    "grading/hand_ins.py",
     "grading/sandbox.py",
     "grading/guard.py",
     "grading/canary.py",
@@ -49,16 +55,13 @@ def without_bodies(source: str, names: Collection[str]) -> str:
         for node in parent.body
         if isinstance(node, ast.FunctionDef)
     }
-    for name in sorted(
-        names, key=lambda name: -functions[name].lineno
-    ):  # upwards: lines keep their places
+    # Upwards: lines keep their places.
+    for name in sorted(names, key=lambda name: -functions[name].lineno):
         node = functions[name]
         before = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
         indent = " " * node.body[0].col_offset
-        text = f'"Write {name}: {TO_WRITE[name]}."'
-        lines[before : node.end_lineno] = [
-            f"{indent}raise NotImplementedError(\n{indent}    {text}\n{indent})\n"
-        ]
+        told = f'{indent}    "Write {name}: {TO_WRITE[name]}."\n'
+        lines[before : node.end_lineno] = [f"{indent}raise NotImplementedError(\n{told}{indent})\n"]
     return "".join(lines)
 
 
@@ -68,9 +71,8 @@ def cleared(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             if "quiz" in cell.metadata.get("tags", []):
-                lines = cell.source.splitlines()
-                cell.source = "\n".join(
-                    "answer = ..." if line.startswith("answer = ") else line for line in lines
+                cell.source = re.sub(
+                    "^answer = .*", "answer = ...", cell.source, flags=re.MULTILINE
                 )
     return notebook
 
@@ -80,30 +82,26 @@ def write_edition(folder: Path) -> None:
     kept = [path for path in folder.glob("*") if path.name != ".venv"]
     for path in kept:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    files = [
-        path.relative_to(ROOT)
-        for pattern in ("*.py", "support/*.py", "tests/test_rubric_*.py")
-        for path in ROOT.glob(pattern)
-    ]
+    patterns = ("*.py", "support/*.py", "tests/test_rubric_*.py")
+    files = [path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern)]
     for name in (*OWN, *CHECK, *files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     rubric = (ROOT / "grading" / "rubric.toml").read_text(encoding="utf-8")
-    (folder / "grading" / "rubric.toml").write_text(
-        rubric.partition("# The notebook's criteria")[0]
-    )
-    (folder / "petseg_utils.py").write_text(
-        without_bodies((ROOT / "petseg_utils.py").read_text(encoding="utf-8"), TO_WRITE)
-    )
-    (folder / "Makefile").write_text(TEXTS["makefile"], encoding="utf-8")
-    copy_around_notebooks(folder)
-    notebook = nbformat.read(ROOT / "notebooks" / "pet_segmentation.ipynb", as_version=4)
-    nbformat.write(cleared(notebook), folder / "notebooks" / "pet_segmentation.ipynb")
     todo = "\n".join(
-        f"{number}. `{name}`: {what}." for number, (name, what) in enumerate(TO_WRITE.items(), 1)
+        f"{n}. `{name}`: {what}." for n, (name, what) in enumerate(TO_WRITE.items(), 1)
     )
-    readme = TEXTS["readme"].format(todo=todo)
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    texts = {
+        "grading/rubric.toml": rubric.partition("# The notebook's criteria")[0],
+        MODULE: without_bodies((ROOT / MODULE).read_text(encoding="utf-8"), TO_WRITE),
+        "Makefile": TEXTS["makefile"],
+        "README.md": TEXTS["readme"].format(todo=todo),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    copy_around_notebooks(folder)
+    notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
+    nbformat.write(cleared(notebook), folder / NOTEBOOK)
 
 
 def prove() -> list[int]:
@@ -111,22 +109,15 @@ def prove() -> list[int]:
     prepare()
     rubric = read_rubric(quick=True).criteria
     expected = expected_tests(rubric)
-    every = Criterion(
-        "all", 0, "", [test for c in rubric for test in c.tests], seconds=120
-    )  # in one process: quicker
-    names = list(TO_WRITE)
+    # In one process: quicker.
+    every = Criterion("all", 0, "", [test for c in rubric for test in c.tests], seconds=120)
+    names, source = list(TO_WRITE), (ROOT / MODULE).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="student-") as temporary:
         modules = [Path(temporary).resolve() / f"{solved}.py" for solved in range(len(names) + 1)]
         for solved, module in enumerate(modules):
-            module.write_text(
-                without_bodies(
-                    (ROOT / "petseg_utils.py").read_text(encoding="utf-8"), names[solved:]
-                )
-            )
-        ends = [
-            outcomes["all"]
-            for outcomes in attempt([(module, module, [every]) for module in modules], 900)
-        ]
+            module.write_text(without_bodies(source, names[solved:]), encoding="utf-8")
+        hand_ins = [(HandIn(module, module), [every]) for module in modules]
+        ends = [outcomes["all"] for outcomes in attempt(hand_ins, 900)]
     return [sum(c.points * judge(c, expected[c.id], end).passed for c in rubric) for end in ends]
 
 
@@ -134,11 +125,8 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--prove"]:
         sys.exit(print(*prove()))
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "student"
-    if (
-        target.exists()
-        and any(target.iterdir())
-        and not (target / "grading" / "rubric.toml").exists()
-    ):
+    full = target.exists() and any(target.iterdir())
+    if full and not (target / "grading" / "rubric.toml").exists():
         sys.exit(f"{target} holds something else: name another folder.")
     write_edition(target)
     print(f"Wrote the student edition into {target}")

@@ -1,15 +1,17 @@
 """Criteria of the rubric: what a hand-in's notebook leaves when the grader executes it.
 
 Here `petseg_utils` is the grader's own. GRADED_RUN is the folder in which the notebook was
-executed, GRADED_STORED one in which it lies as it was handed in.
+executed, GRADED_STORED one in which it lies as it was handed in, GRADED_PICTURES has the pictures.
 """
 
 import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,29 +23,30 @@ from PIL import Image
 
 import petseg_utils as pets
 from grading import notebook as grader
-from grading.notebook import NBVAL_COMMENT, PARAMETERS, PLACES, RUN
+from grading.notebook import NBVAL_COMMENT, NOTEBOOK, PARAMETERS, PLACES, RUN, WEIGHTS
 from support.tensor_files import load_tensors
 from support.trace import names_in_use
 
 RUN_FOLDER = Path(os.environ.get("GRADED_RUN", "."))  # empty while tests are only counted
 FOLDER = RUN_FOLDER / "runs" / RUN
 STORED = Path(os.environ.get("GRADED_STORED", "."))
-NOTEBOOK = "notebooks/pet_segmentation.ipynb"
-SIDE = PARAMETERS["IMAGE_SIZE"]
-NUMBERS = {"trainval": 320, "test": 80}  # of the pictures that the grader had drawn
+PICTURES = Path(os.environ.get("GRADED_PICTURES", "."))
+DATASET = PICTURES / "new" / "oxford-iiit-pet"
+SIDE, LIMIT, FLIP = (PARAMETERS[name] for name in ("IMAGE_SIZE", "LIMIT", "FLIP"))
 FEWEST_FIGURES = 8
 MOST_IGNORED = 1 / 4  # of the code cells
+
+
+def expect(right: bool, wanted: object, found: object) -> None:
+    """Raise the AssertionError that a criterion's reason is made of, if something isn't right."""
+    assert right, f"expected {wanted}, found {found}"
 
 
 def executed() -> list[nbformat.NotebookNode]:
     """Return the code cells that the grader executed, without those that it added itself."""
     cells = nbformat.read(RUN_FOLDER / "executed.ipynb", as_version=4).cells
-    ours = ("import spy", "# Parameters\n")
-    return [
-        c
-        for c in cells
-        if c.cell_type == "code" and not c.source.endswith(ours[0]) and ours[1] not in c.source
-    ]
+    cells = [cell for cell in cells if cell.cell_type == "code" and cell.source != grader.SPY]
+    return [cell for cell in cells if "# Parameters\n" not in cell.source]
 
 
 def stored() -> nbformat.NotebookNode:
@@ -55,20 +58,22 @@ def stored() -> nbformat.NotebookNode:
 
 def read(name: str) -> dict | list[dict]:
     """Return a file of the run. Errors: AssertionError if it is not there."""
-    path = FOLDER / name
-    assert path.is_file(), f"expected the file {name} in the run's folder, found none"
-    text = path.read_text(encoding="utf-8")
+    text = of_run(name).read_text(encoding="utf-8")
     return json.loads(text) if name.endswith(".json") else list(csv.DictReader(text.splitlines()))
 
 
+def of_run(name: str) -> Path:
+    """Return the place of a file of the run. Errors: AssertionError if it is not there."""
+    expect((FOLDER / name).is_file(), f"the file {name} in the run's folder", "none")
+    return FOLDER / name
+
+
 @pytest.fixture(scope="session")
-def dataset() -> Path:
-    """Return the dataset, checked to be the one that the grader had drawn."""
-    folder = RUN_FOLDER / "data" / "sample" / "oxford-iiit-pet"
-    for split, number in NUMBERS.items():
-        found = len(pets.read_split(folder, split))
-        assert found == number, f"expected {number} pictures in {split}, found {found}"
-    return folder
+def names() -> dict[str, list[str]]:
+    """Return the images of each split that the run had to use, as its parameters say."""
+    trainval, test = (pets.read_split(DATASET, split, LIMIT) for split in ("trainval", "test"))
+    train, valid = pets.hold_out(trainval, seed=PARAMETERS["SEED"])
+    return {"train": train, "valid": valid, "test": test}
 
 
 @pytest.fixture(scope="session")
@@ -82,39 +87,44 @@ def load_net() -> pets.UNet:
 
     A hand-in may name its layers as it likes: they are matched by the order of their use.
     """
-    model = pets.UNet(PARAMETERS["BASE_CHANNELS"], PARAMETERS["DEPTH"])
-    path = FOLDER / "weights.pt"
-    assert path.is_file(), "expected the file weights.pt in the run's folder, found none"
-    weights, noted = load_tensors(path), RUN_FOLDER / "names.json"
+    b, depth, norms = (PARAMETERS[name] for name in ("BASE_CHANNELS", "DEPTH", "NORMS"))
+    model = pets.UNet(b, depth, norms=norms)
+    weights, noted = load_tensors(of_run("weights.pt")), RUN_FOLDER / "names.json"
     theirs = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else []
     own = dict(zip(theirs, names_in_use(model), strict=False))
     renamed = {own.get(name, name): tensor for name, tensor in weights.items()}
     try:
         model.load_state_dict(renamed)
     except RuntimeError:
-        b, depth = model.base_channels, model.depth
-        pytest.fail(f"expected the weights of a UNet({b}, {depth}), found those of another net")
+        expect(False, f"the weights of a UNet({b}, {depth}, norms={norms})", "those of another net")
     return model
 
 
 @pytest.fixture(scope="session")
-def rescored(dataset, model) -> dict[str, torch.Tensor]:
+def rescored(names, model) -> dict[str, torch.Tensor]:
     """Return what the grader counts, (B, K, K), for the validation and the test images."""
-    names = {"test": pets.read_split(dataset, "test")}
-    names["valid"] = pets.hold_out(pets.read_split(dataset, "trainval"))[1]
-    loaded = {split: pets.load_pets(dataset, some, SIDE) for split, some in names.items()}
-    return {split: pets.evaluate(model, some, torch.float32) for split, some in loaded.items()}
+    scored = {}
+    for split in ("valid", "test"):
+        side = PARAMETERS["SCORE_SIZE"]
+        loaded = pets.load_pets(DATASET, names[split], SIDE, mask_side=side)
+        scored[split] = pets.evaluate(model, loaded, torch.float32, flip=FLIP)
+    return scored
 
 
 def test_notebook_runs_to_its_end():
     for number, cell in enumerate(executed(), 1):
-        where = f"code cell {number}, {cell.source.partition(chr(10))[0]!r}"
+        where = place(number, cell)
         errors = [output for output in cell.outputs if output.output_type == "error"]
         if errors:
             pytest.fail(f"expected no error, found {told(errors[0])} in {where}")
         ended = cell.metadata.papermill.status == "completed"
-        assert ended, f"expected every cell to end in time, found that {where} did not"
-    assert len(executed()) == len(stored().cells), "expected all of the cells, found fewer"
+        expect(ended, "every cell to end in time", f"that {where} did not")
+    expect(len(executed()) == len(stored().cells), "all of the cells", "fewer")
+
+
+def place(number: int, cell: nbformat.NotebookNode) -> str:
+    """Say which code cell this is, by its number and first line."""
+    return f"code cell {number}, {cell.source.partition(chr(10))[0]!r}"
 
 
 def told(error: nbformat.NotebookNode) -> str:
@@ -133,129 +143,160 @@ def test_weights_beat_the_majority_class_by_15_points(rescored):
     matrix = rescored["test"].sum(0)
     accuracy = pets.scores(matrix)["pixel_accuracy"]
     least = (matrix.sum(1).max() / matrix.sum()).item() + 0.15
-    assert accuracy >= least, f"expected {least:.1%} of the test pixels right, found {accuracy:.1%}"
+    expect(accuracy >= least, f"{least:.1%} of the test pixels right", f"{accuracy:.1%}")
 
 
-def test_metrics_are_what_the_weights_score(rescored):
-    metrics, images = read("metrics.json"), read("images.csv")
+def flat(content: object, name: str = "") -> dict[str, object]:
+    """Return the leaves of nested dicts by their names, like "dice.pet"."""
+    if not isinstance(content, dict):
+        return {name: content}
+    parts = [flat(value, f"{name}.{key}" if name else key) for key, value in content.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_metrics_are_what_the_weights_score(rescored, split):
+    counts, metrics = rescored[split], read("metrics.json")[split]
+    wanted = pets.scores(counts.sum(0)) | {"images": len(counts)}
+    total = counts.sum()
+    matrices = torch.tensor([wanted.pop("confusion_matrix"), metrics.get("confusion_matrix")])
+    found = flat(metrics)
+    for score, value in flat(wanted).items():
+        claimed = found.get(score)
+        right = claimed == (value and pytest.approx(value, abs=0.002))
+        wrong = f"{told_number(claimed)} in metrics.json"
+        expect(right, f"{score} {told_number(value)} in {split}", wrong)
+    others = (matrices.diff(dim=0).abs().sum() / total).item()
+    expect(others < 0.01, f"the confusion_matrix of {split}", f"{others:.1%} others")
     columns = [f"{true}_as_{predicted}" for true in pets.CLASSES for predicted in pets.CLASSES]
-    for split, expected in rescored.items():
-        found = pets.scores(expected.sum(0))
-        for score in ("pixel_accuracy", "mean_iou"):
-            claimed = metrics[split][score]
-            right = claimed == pytest.approx(found[score], abs=0.002)
-            wanted = f"{score} {found[score]:.3f} in {split}"
-            assert right, f"expected {wanted}, found {claimed:.3f} in metrics.json"
-        of_split = [row for row in images if row["split"] == split]
-        listed = [[int(row[column]) for column in columns] for row in of_split]
-        assert len(listed) == len(expected), (
-            f"expected {len(expected)} images of {split}, found {len(listed)}"
-        )
-        wrong = (torch.tensor(listed) - expected.flatten(1)).abs().sum()
-        others = (wrong / expected.sum()).item()
-        assert others < 0.01, (
-            f"expected images.csv to say what was counted, found {others:.1%} others in {split}"
-        )
+    rows = [row for row in read("images.csv") if row["split"] == split]
+    listed = torch.tensor([[int(row[column]) for column in columns] for row in rows])
+    expect(len(listed) == len(counts), f"{len(counts)} images of {split}", len(listed))
+    others = ((listed - counts.flatten(1)).abs().sum() / total).item()
+    expect(others < 0.01, "images.csv to say what was counted", f"{others:.1%} others in {split}")
+
+
+def told_number(value: object) -> str:
+    """Return a number as a reason says it."""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def test_metrics_say_what_was_done(names, model):
+    sizes = {split: len(of_split) for split, of_split in names.items()}
+    steps = PARAMETERS["EPOCHS"] * pets.count_steps(sizes["train"], PARAMETERS["BATCH_SIZE"])
+    seconds = sum(float(row["seconds"]) for row in read("history.csv"))
+    training = {
+        **{"epochs": PARAMETERS["EPOCHS"], "steps": steps, "device": "cpu"},
+        **{"seconds": seconds, "precision": PARAMETERS["PRECISION"]},
+        "images_per_second": steps * PARAMETERS["BATCH_SIZE"] / seconds,
+    }
+    shapes = pets.analyse_shapes(model, SIDE)
+    costs = {"flops": sum(step.flops for step in shapes)}
+    costs["parameters"] = sum(step.parameters for step in shapes)
+    wanted = {"parameters": PARAMETERS, "dataset": sizes, "model": costs, "training": training}
+    found = flat(read("metrics.json"))
+    for name, value in flat(wanted).items():
+        right = pytest.approx(value, rel=0.01) if isinstance(value, float) else value
+        wrong = f"{told_number(found.get(name))} in metrics.json"
+        expect(found.get(name) == right, f"{name} {told_number(value)}", wrong)
 
 
 def test_history_has_a_row_for_every_epoch():
-    history, expected = read("history.csv"), PARAMETERS["EPOCHS"]
-    assert len(history) == expected, (
-        f"expected {expected} rows in history.csv, found {len(history)}"
-    )
-    losses = [float(row["train_loss"]) for row in history]
-    assert losses[-1] < losses[0], (
-        f"expected the loss to fall, found {losses[0]:.3f} to {losses[-1]:.3f}"
-    )
+    losses = [float(row["train_loss"]) for row in read("history.csv")]
+    epochs = PARAMETERS["EPOCHS"]
+    expect(len(losses) == epochs, f"{epochs} rows in history.csv", len(losses))
+    expect(losses[-1] < losses[0], "the loss to fall", f"{losses[0]:.3f} to {losses[-1]:.3f}")
 
 
-def test_submission_is_what_the_weights_predict(dataset, model):
-    path = FOLDER / "submission.pt"
-    assert path.is_file(), "expected the file submission.pt in the run's folder, found none"
-    found = torch.load(path, weights_only=True)
-    assert found.dtype == torch.uint8, f"expected bytes (uint8), found {found.dtype}"
-    assert found.shape == (32, 1, 256, 256), (
-        f"expected the shape (32, 1, 256, 256), found {tuple(found.shape)}"
-    )
-    listed = pets.read_split(dataset, "test")[:32]
-    images = pets.load_pets(dataset, listed, SIDE).images
-    expected = pets.predict(model, images, torch.float32, size=(256, 256))[0]
-    alike = (found[:, 0] == expected).float().mean().item()
-    assert alike > 0.998, (
-        f"expected what the saved weights predict, found {alike:.1%} of the pixels alike"
-    )
+def test_submission_is_what_the_weights_predict(names, model):
+    found = torch.load(of_run("submission.pt"), weights_only=True)
+    expect(found.dtype == torch.uint8, "bytes (uint8)", found.dtype)
+    shape = (32, 1, 256, 256)
+    expect(found.shape == shape, f"the shape {shape}", tuple(found.shape))
+    images = pets.load_pets(DATASET, names["test"][:32], SIDE).images
+    predicted, _ = pets.predict(model, images, torch.float32, size=shape[2:], flip=FLIP)
+    alike = (found[:, 0] == predicted).float().mean().item()
+    expect(alike > 0.998, "what the saved weights predict", f"{alike:.1%} of the pixels alike")
 
 
-def test_split_is_honest(dataset):
-    test, trainval = (set(pets.read_split(dataset, split)) for split in ("test", "trainval"))
-    held = set(pets.hold_out(sorted(trainval))[1])
-    notes = RUN_FOLDER / "calls.jsonl"
-    calls = (
-        [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
-        if notes.exists()
-        else []
+# ------------------------------------------------------------------- honesty
+
+
+def seen() -> list[list[str]]:
+    """Return what the spy noted: what was done, and with which images."""
+    notes = RUN_FOLDER / "seen.txt"
+    lines = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
+    return [line.split() for line in lines]
+
+
+def test_only_training_images_are_learned(names):
+    marks = {(kind, *of) for kind, *of in seen() if kind != "evaluated"}
+    learned = {mark for mark in marks if mark[0] == "learned"}
+    expect(learned, "a net that is shown images before the weights are saved", "none")
+    for split, kinds in (("test", ("learned", "scored")), ("valid", ("learned",))):
+        images = pets.load_pets(DATASET, names[split], SIDE).images
+        known = [sha256(image.numpy().tobytes()).hexdigest() for image in images]
+        told = "held-out" if split == "valid" else split
+        for kind in kinds:
+            found = sum((kind, mark) in marks for mark in known)
+            expect(not found, f"no {told} image {kind} before the weights are saved", found)
+
+
+def test_test_images_are_scored_once(names):
+    test, sizes = set(names["test"]), read("metrics.json")["dataset"]
+    times = sum(kind == "evaluated" and bool(test & set(of)) for kind, *of in seen())
+    expect(times <= 1, "the test images to be scored once", f"{times} times")
+    scored = {row["name"] for row in read("images.csv") if row["split"] == "test"}
+    expect(scored == test, "all test images scored", f"{len(scored & test)} of {len(test)}")
+    wanted = {split: len(of_split) for split, of_split in names.items()}
+    found = {split: sizes[split] for split in wanted}
+    expect(found == wanted, f"the numbers of images {wanted}", found)
+
+
+def test_test_images_decide_nothing():
+    """What is trained must not differ if the labels of test images, and they alone, do."""
+    first = of_run("weights.pt")
+    grader.execute_until_saved(STORED, PICTURES / "turned")
+    again = STORED / WEIGHTS
+    expect(again.exists(), "the file weights.pt also of a second run", "none")
+    true, other = (torch.load(path, weights_only=True) for path in (first, again))
+    same = true.keys() == other.keys() and all(
+        torch.equal(true[name], other[name]) for name in true
     )
-    for call in calls:
-        for key in {"train_pets", "valid_pets"} & set(call):
-            stray = test & set(call[key])
-            assert not stray, f"expected no test image in {key}, found {len(stray)}"
-        stray = held & set(call.get("train_pets", []))
-        assert not stray, f"expected no held-out image among those trained on, found {len(stray)}"
-    scored = [place for place, call in enumerate(calls) if test & set(call.get("pets", []))]
-    trained = [place for place, call in enumerate(calls) if call["call"] == "train"]
-    assert len(scored) <= 1, (
-        f"expected the test images to be scored once, found {len(scored)} times"
-    )
-    assert not scored or not trained or scored[0] > trained[-1], (
-        "expected the test score after training, found before"
-    )
-    images, sizes = read("images.csv"), read("metrics.json")["dataset"]
-    assert {row["name"] for row in images if row["split"] == "test"} == test, (
-        "expected all test images scored"
-    )
-    expected = {"train": len(trainval - held), "valid": len(held), "test": len(test)}
-    found = {split: sizes[split] for split in expected}
-    assert found == expected, f"expected the numbers of images {expected}, found {found}"
+    expect(same, "weights that don't depend on the test images", "others")
+
+
+# ------------------------------------------------------------------- figures and outputs
 
 
 def test_figures_are_not_blank():
     figures = sorted((FOLDER / "figures").glob("*.png"))
-    assert len(figures) >= FEWEST_FIGURES, (
-        f"expected {FEWEST_FIGURES} figures or more, found {len(figures)}"
-    )
+    expect(len(figures) >= FEWEST_FIGURES, f"{FEWEST_FIGURES} figures or more", len(figures))
     for path in figures:
         grey = np.asarray(Image.open(path).convert("L"))
-        assert grey.std() > 5, f"expected something to see, found {path.name} blank"
-    assert len({path.read_bytes() for path in figures}) == len(figures), (
-        "expected different figures, found copies"
-    )
+        expect(grey.std() > 5, "something to see", f"{path.name} blank")
+    contents = {path.read_bytes() for path in figures}
+    expect(len(contents) == len(figures), "different figures", "copies")
 
 
 def test_stored_outputs_reproduce():
     notebook = stored()
     cells = notebook.cells
-    counts = [cell.execution_count for cell in cells]
-    assert counts == list(range(1, len(cells) + 1)), (
-        "expected the counts of one run from top to bottom, found others"
-    )
+    in_order = [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    expect(in_order, "the counts of one run from top to bottom", "others")
     for number, (cell, fresh) in enumerate(zip(cells, executed(), strict=True), 1):
-        where = f"code cell {number}, {cell.source.partition(chr(10))[0]!r}"
         lost = fresh.outputs and not cell.outputs
-        assert not lost, f"expected stored outputs, found none in {where}"
+        expect(not lost, "stored outputs", f"none in {place(number, cell)}")
     marks = [marks_of(cell) for cell in cells]
     skipped = sum("skip" in mark or "raises" in mark for mark in marks)
-    assert skipped == 0, (
-        f"expected every cell to be run, found {skipped} that nbval skips or lets fail"
-    )
+    expect(not skipped, "every cell to be run", f"{skipped} that nbval skips or lets fail")
     ignored, most = sum("ignore" in mark for mark in marks), int(MOST_IGNORED * len(cells))
-    assert ignored <= most, (
-        f"expected at most {most} cells whose outputs are not compared, found {ignored}"
-    )
+    expect(ignored <= most, f"at most {most} cells whose outputs are not compared", ignored)
     if grader.value_of("DATASET", notebook) != PARAMETERS["DATASET"]:
         return  # outputs of pictures that the grader doesn't have
     found, failures = strict_nbval(notebook)
-    assert not failures, f"expected the stored outputs, found others: {failures[0]}"
-    assert found == len(cells), f"expected {len(cells)} cells compared, found {found}"
+    expect(not failures, "the stored outputs", f"others: {' '.join(failures[:1])}")
+    expect(found == len(cells), f"{len(cells)} cells compared", found)
 
 
 def marks_of(cell: nbformat.NotebookNode) -> str:
@@ -274,13 +315,16 @@ def strict_nbval(notebook: nbformat.NotebookNode) -> tuple[int, list[str]]:
             given = PLACES.keys() & grader.assigned(cell.source)
             cell.source += "".join(f"\n{name} = {PLACES[name]!r}" for name in sorted(given))
     nbformat.write(notebook, STORED / NOTEBOOK)
+    if (PICTURES / "default").exists():  # spares the time to draw them
+        shutil.copytree(PICTURES / "default", STORED / "data" / "sample")
     options = "-p nbval --nbval --nbval-cell-timeout=150 -c pyproject.toml"
     options += " -p no:cacheprovider --junitxml=nbval.xml"
-    command = [sys.executable, "-m", "pytest", *options.split(), NOTEBOOK]
-    environment = {**os.environ, "PYTHONPATH": str(STORED)}
-    subprocess.run(command, cwd=STORED, env=environment, check=False, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "pytest", *options.split(), str(NOTEBOOK)]
+    settings = {"PYTHONPATH": str(STORED), "IPYTHONDIR": str(grader.sketching(STORED))}
+    how = {"cwd": STORED, "env": os.environ | settings, "stdout": subprocess.DEVNULL}
+    subprocess.run(command, check=False, **how)
     report = STORED / "nbval.xml"
-    assert report.is_file(), "expected a verdict of nbval, found none"
+    expect(report.is_file(), "a verdict of nbval", "none")
     cases = list(ElementTree.parse(report).iter("testcase"))
     failures = [
         f"{case.get('name')}: {' '.join(plain(failure.text or '').split())[:200]}"

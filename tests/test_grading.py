@@ -9,10 +9,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
-from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,8 +22,6 @@ import nbformat
 import psutil
 import pytest
 
-from grading import notebook as grader
-from grading import test_notebook as notebook_criteria
 from grading.mutants import (
     MODULE_FAULTS,
     MODULE_HARMLESS,
@@ -40,7 +39,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 def run(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run one of the grader's programs."""
-    command = [sys.executable, "-m", f"grading.{module}", *map(str, arguments)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -49,7 +48,7 @@ def grade_quickly(source: str, folder: Path, *, cwd: Path = ROOT) -> dict:
     (folder / "hand-in").mkdir(parents=True, exist_ok=True)
     (folder / "hand-in" / "petseg_utils.py").write_text(source, encoding="utf-8")
     done = run(
-        "grade", "--quick", "--hand-in", folder / "hand-in", "--out", folder / "out", cwd=cwd
+        "grading", "--quick", "--hand-in", folder / "hand-in", "--out", folder / "out", cwd=cwd
     )
     assert (folder / "out" / "grade.json").exists(), done.stdout + done.stderr
     return json.loads((folder / "out" / "grade.json").read_text(encoding="utf-8")) | {
@@ -115,7 +114,7 @@ def test_every_mutant_still_applies(source):
 
 
 def test_sample_of_the_mutants_is_judged_rightly():
-    done = run("mutate", "--sample")
+    done = run("grading.mutate", "--sample")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("\nok") > 15
 
@@ -256,7 +255,7 @@ def hand_ins(source, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def graded(hand_ins) -> dict[str, dict]:
     """Return grades.csv of that class, graded once, line by line."""
-    done = run("grade", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
+    done = run("grading", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
     assert done.returncode == 0, done.stderr
     count = len(list(hand_ins.iterdir()))
     assert f"{count} of {count} hand-ins graded" in done.stdout
@@ -303,11 +302,33 @@ def test_what_cannot_be_graded_is_told_once(hand_ins, graded, name, reason):
 def test_class_is_graded_again_only_where_something_changed(hand_ins, graded):
     module = hand_ins / "replaces pytest" / "petseg_utils.py"
     module.write_text("import another_package\n", encoding="utf-8")
-    done = run("grade", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
+    done = run("grading", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
     unread = {"a link", "nothing"}  # whose files can't be compared
     assert f"{1 + len(unread)} of {len(graded)} hand-ins graded" in done.stdout
     text = (hand_ins.parent / "out" / "grades.csv").read_text(encoding="utf-8")
     assert text.count("another_package") == 1
+
+
+def test_interrupted_class_keeps_what_is_done(tmp_path):
+    for name, start in {"broken": "import no_such_package", "slow": "while True: pass"}.items():
+        (tmp_path / "class" / name).mkdir(parents=True)
+        (tmp_path / "class" / name / "petseg_utils.py").write_text(start, encoding="utf-8")
+    table = tmp_path / "out" / "grades.csv"
+    places = ["--hand-ins", tmp_path / "class", "--out", table.parent]
+    command = [sys.executable, "-m", "grading", "--quick", *map(str, places)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+        while process.poll() is None and not table.exists():
+            time.sleep(0.1)
+        jobs = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+        said, errors = process.communicate()
+    assert "1 of 2 hand-ins graded" in said, errors
+    assert said.endswith("Stopped: the same command grades the others.\n")
+    assert "Traceback" not in errors
+    assert [row["name"] for row in csv.DictReader(table.open(encoding="utf-8"))] == ["broken"]
+    _, alive = psutil.wait_procs(jobs, timeout=60)
+    assert alive == []
 
 
 @pytest.mark.parametrize(
@@ -319,7 +340,7 @@ def test_class_is_graded_again_only_where_something_changed(hand_ins, graded):
     ],
 )
 def test_what_to_grade_is_asked_for_in_a_sentence(arguments, said):
-    done = run("grade", "--quick", *arguments)
+    done = run("grading", "--quick", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(said)
 
@@ -402,58 +423,6 @@ def test_sandbox_ends_what_forks_hides_floods_or_spills(tmp_path):
     assert alive == []
 
 
-# ------------------------------------------------------------------- stored outputs
-
-
-def small_notebook() -> nbformat.NotebookNode:
-    """Return a notebook of eight cells as it is stored after a run."""
-    cells = []
-    for number in range(1, 9):
-        output = nbformat.v4.new_output("stream", text=f"{number * number}\n")
-        source = f"print({number} * {number})"
-        cells.append(nbformat.v4.new_code_cell(source, execution_count=number, outputs=[output]))
-    return nbformat.v4.new_notebook(cells=cells)
-
-
-@pytest.mark.parametrize(
-    "fault", [None, *OUTPUT_FAULTS], ids=lambda fault: fault.name if fault else "as it was run"
-)
-def test_stored_outputs_fail_with_the_reason(tmp_path, monkeypatch, fault):
-    notebook = small_notebook()
-    (tmp_path / "notebooks").mkdir()
-    nbformat.write(notebook, tmp_path / "executed.ipynb")  # what the grader saw
-    if fault:
-        fault.mark(notebook.cells)
-    nbformat.write(notebook, tmp_path / "notebooks" / "pet_segmentation.ipynb")
-    for name in ("conftest.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
-    monkeypatch.setattr(notebook_criteria, "STORED", tmp_path)
-    with pytest.raises(AssertionError, match=re.escape(fault.why)) if fault else nullcontext():
-        notebook_criteria.test_stored_outputs_reproduce()
-
-
-def test_cell_that_ends_the_kernel_is_named(tmp_path, monkeypatch):
-    notebook = small_notebook()
-    notebook.metadata.kernelspec = {
-        "name": "python3",
-        "language": "python",
-        "display_name": "Python 3",
-    }
-    notebook.cells[2].source = "import os; os._exit(0)"
-    for name in ("notebooks", "support", "grading"):
-        (tmp_path / name).mkdir()
-    nbformat.write(notebook, tmp_path / "notebooks" / "pet_segmentation.ipynb")
-    shutil.copy(ROOT / "support" / "sample_pets.py", tmp_path / "support")
-    (tmp_path / "grading" / "spy.py").touch()
-    monkeypatch.setenv("PYTHONPATH", "")  # the grader sets it: so it is put back
-    monkeypatch.chdir(tmp_path)
-    grader.execute(tmp_path, [].append)
-    monkeypatch.setattr(notebook_criteria, "RUN_FOLDER", tmp_path)
-    with pytest.raises(pytest.fail.Exception, match="ended its kernel in code cell 3, 'import os"):
-        notebook_criteria.test_notebook_runs_to_its_end()
-
-
 # ------------------------------------------------------------------- the student edition
 
 
@@ -476,7 +445,7 @@ def test_student_edition_keeps_docstrings_and_loses_bodies(source):
 
 def test_score_rises_function_by_function():
     """From at most 10 % for the edition to all points, as bodies are put back."""
-    done = run("student", "--prove")
+    done = run("grading.student", "--prove")
     names, points = list(TO_WRITE), list(map(int, done.stdout.split()))
     most = sum(row["points"] for row in OF_MODULE)
     assert len(points) == len(names) + 1, done.stderr
@@ -498,7 +467,7 @@ def test_student_edition_is_complete_and_holds_no_grader(tmp_path):
     ]
     cells = nbformat.read(folder / "notebooks" / "pet_segmentation.ipynb", as_version=4).cells
     assert not [cell for cell in cells if cell.get("outputs")]
-    done = run("grade", "--quick", "--hints", cwd=folder)
+    done = run("grading", "--quick", "--hints", cwd=folder)
     assert "hint: " in done.stdout
     assert done.stdout.count("Write `conv_plus_conv` first: ") == 1
     assert int(re.search(r"^(\d+) of 80 points", done.stdout, re.MULTILINE)[1]) <= 8

@@ -4,22 +4,23 @@ The same holds for datasets that differ from the real one.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
+import course_unet
 import nbformat
 import numpy as np
 import papermill
 import pytest
 import torch
 from PIL import Image
-from torch import nn
-from torch.nn import functional as F
 
 import petseg_utils as pets
 from grading import notebook as grader
 from grading import test_notebook as criteria
+from grading.mutants import MODULE_HARMLESS, OUTPUT_FAULTS
 from support.trace import names_in_use
 
 NOTEBOOK = "notebooks/pet_segmentation.ipynb"
@@ -145,7 +146,7 @@ def test_grader_sets_where_and_on_what_and_goes_on_after_a_cell_that_fails(stage
     content["cells"][0]["metadata"] = {}  # the tag is lost
     content["cells"].insert(2, nbformat.v4.new_code_cell("x = 6\nassert x == 7"))
     write(staged, content, encoding="utf-8-sig")
-    grader.execute(staged, [].append)
+    grader.execute(staged, staged)
     assert [grader.printed(cell) for cell in criteria.executed()] == [
         "", "", f"sample cpu data {grader.PARAMETERS['EPOCHS']}\n", "42\n"
     ]  # fmt: skip
@@ -153,6 +154,26 @@ def test_grader_sets_where_and_on_what_and_goes_on_after_a_cell_that_fails(stage
         pytest.fail.Exception, match="AssertionError: assert x == 7 in code cell 2, "
     ):
         criteria.test_notebook_runs_to_its_end()
+
+
+def test_cell_that_ends_the_kernel_is_named(staged):
+    content = small_notebook()
+    content["cells"].insert(2, nbformat.v4.new_code_cell("import os; os._exit(0)"))
+    write(staged, content)
+    grader.execute(staged, staged)
+    with pytest.raises(pytest.fail.Exception, match="ended its kernel in code cell 2, 'import os"):
+        criteria.test_notebook_runs_to_its_end()
+
+
+@pytest.mark.parametrize("fault", OUTPUT_FAULTS, ids=lambda fault: fault.name)
+def test_stored_outputs_fail_with_the_reason(staged, fault):
+    text = json.dumps(small_notebook()).replace("oxford", "sample")
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.write(notebook, staged / "executed.ipynb")  # what the grader saw
+    fault.mark([cell for cell in notebook.cells if cell.cell_type == "code"])
+    write(staged, json.loads(nbformat.writes(notebook)))
+    with pytest.raises(AssertionError, match=re.escape(fault.why)):
+        criteria.test_stored_outputs_reproduce()
 
 
 def test_outputs_are_compared_whatever_the_kernel_and_the_device_are_called(staged):
@@ -178,35 +199,10 @@ def test_projects_own_nbval_takes_the_kernel_of_this_environment(staged):
 # ---------------------------------------------------------------------------- nets in other styles
 
 
-class CourseNet(nn.Module):
-    """The course's own style: no lists, one pooling for all levels, functional upsampling."""
-
-    def __init__(self, b: int, depth: int) -> None:
-        super().__init__()
-        self.out = nn.Conv2d(b, 3, kernel_size=1)  # made first, used last
-        self.downsample = nn.MaxPool2d(2)
-        self.depth = depth
-        for level in range(1, depth + 1):
-            c = b * 2 ** (level - 1)
-            setattr(self, f"up{level}", pets.conv_plus_conv(2 * c, max(c // 2, b)))
-            setattr(self, f"down{level}", pets.conv_plus_conv(c // 2 if level > 1 else 3, c))
-        self.bottleneck = nn.Sequential(pets.conv_plus_conv(c, c))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kept = []
-        for level in range(1, self.depth + 1):
-            kept.append(getattr(self, f"down{level}")(x))
-            x = self.downsample(kept[-1])
-        x = self.bottleneck(x)
-        for level in range(self.depth, 0, -1):
-            x = torch.cat((F.interpolate(x, scale_factor=2), kept.pop()), dim=1)
-            x = getattr(self, f"up{level}")(x)
-        return self.out(x)
-
-
 def test_weights_fit_the_graders_net_however_a_hand_in_names_its_layers(staged):
     torch.manual_seed(0)
-    net = CourseNet(grader.PARAMETERS["BASE_CHANNELS"], grader.PARAMETERS["DEPTH"])
+    sizes = [grader.PARAMETERS[name] for name in ("BASE_CHANNELS", "DEPTH")]
+    net = course_unet.UNet(*sizes, norms=grader.PARAMETERS["NORMS"])
     (staged / "names.json").write_text(json.dumps(names_in_use(net)), encoding="utf-8")
     pets.save_weights(staged / "weights.pt", net)
     images = torch.randn(2, 3, 32, 32)
@@ -215,9 +211,77 @@ def test_weights_fit_the_graders_net_however_a_hand_in_names_its_layers(staged):
 
 
 def test_weights_of_a_net_of_another_size_are_told(staged):
-    pets.save_weights(staged / "weights.pt", CourseNet(4, 2))
-    with pytest.raises(pytest.fail.Exception, match=r"weights of a UNet\(8, 4\), found those of"):
+    pets.save_weights(staged / "weights.pt", course_unet.UNet(4, 2))
+    with pytest.raises(AssertionError, match=r"of a UNet\(8, 4, norms=1\), found those of another"):
         criteria.load_net()
+
+
+# ------------------------------------------------------------------------- the numbers of a run
+
+
+@pytest.fixture
+def scored(staged, monkeypatch):
+    """Return the arguments of the criterion of the metrics, for a run of a net without training."""
+    monkeypatch.chdir(pets.ROOT)
+    given = grader.PARAMETERS | {"LIMIT": 50}
+    drawn = pets.draw_sample_pets(staged / "new", trainval=60, test=12, side=48)
+    monkeypatch.setattr(criteria, "DATASET", drawn)
+    monkeypatch.setattr(criteria, "LIMIT", 50)
+    monkeypatch.setitem(criteria.PARAMETERS, "LIMIT", 50)
+    names = criteria.names.__wrapped__()
+    recipe = pets.Recipe(**given)
+    net = pets.UNet(given["BASE_CHANNELS"], given["DEPTH"], norms=given["NORMS"])
+    pets.save_weights(staged / "weights.pt", net)
+    model = criteria.load_net()
+    counts = criteria.rescored.__wrapped__(names, model)
+    steps = pets.analyse_shapes(model, criteria.SIDE)
+    metrics = {
+        "parameters": recipe.model_dump(),
+        "dataset": {split: len(of_split) for split, of_split in names.items()},
+        "model": {
+            key: sum(getattr(step, key) for step in steps) for key in ("parameters", "flops")
+        },
+        "training": {"epochs": 6, "steps": 12, "seconds": 3.0, "images_per_second": 64.0}
+        | {"device": "cpu", "precision": "float32"},
+    }
+    loaded = {split: pets.load_pets(drawn, names[split], 32) for split in counts}
+    history = [{"epoch": 1, "train_loss": 1.0, "seconds": 3.0}]
+    pets.save_run(staged, metrics, history, {s: (loaded[s], counts[s]) for s in counts})
+    return names, model, counts
+
+
+def leaves(content: dict) -> list[tuple[dict, str]]:
+    """Return where each number or text of nested dicts lies: in what, and under which key."""
+    found = [(content, key) for key, value in content.items() if not isinstance(value, dict)]
+    return found + [leaf for value in content.values() if isinstance(value, dict)
+                    for leaf in leaves(value)]  # fmt: skip
+
+
+def test_every_number_of_metrics_that_is_wrong_is_told(staged, scored):
+    names, model, counts = scored
+
+    def judge():
+        for split in counts:
+            criteria.test_metrics_are_what_the_weights_score(counts, split)
+        criteria.test_metrics_say_what_was_done(names, model)
+
+    judge()
+    content = json.loads((staged / "metrics.json").read_text(encoding="utf-8"))
+    del content["versions"]
+    unseen = set()
+    for part, key in leaves(content):
+        if part is content["parameters"] and key not in grader.PARAMETERS:
+            continue  # how to train is the learner's
+        kept = part[key]
+        part[key] = [[0] * 3] * 3 if isinstance(kept, list) else "x" if isinstance(kept, str) else 9
+        (staged / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+        part[key], why = kept, ""
+        try:
+            judge()
+        except AssertionError as error:
+            why = str(error)
+        unseen |= {key} - set(re.split(r"[ .,]", why))
+    assert unseen == set()
 
 
 # ---------------------------------------------------------------------------------- whole hand-ins
@@ -244,6 +308,7 @@ def test_right_work_in_other_styles_gets_all_points(tmp_path):
     for old, new in STYLES.items():
         assert old in source, old
         source = source.replace(old, new)
+    source += next(m.append for m in MODULE_HARMLESS if m.name == "blocks nested in a class")
     notebook = json.loads((pets.ROOT / NOTEBOOK).read_text(encoding="utf-8"))
     of_colab(notebook)
     of_conda(notebook)
@@ -254,7 +319,7 @@ def test_right_work_in_other_styles_gets_all_points(tmp_path):
                 cell["source"] = [line.replace(old, new, 1) for line in cell["source"]]
     write(tmp_path, notebook, encoding="utf-8-sig", lines="\r\n")
     (tmp_path / "petseg_utils.py").write_text(source, encoding="utf-8")
-    command = [sys.executable, "-m", "grading.grade", "--hand-in", tmp_path, "--out", tmp_path]
+    command = [sys.executable, "-m", "grading", "--hand-in", tmp_path, "--out", tmp_path]
     done = subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True)
     assert json.loads((tmp_path / "grade.json").read_text())["points"] == 100, done.stdout
 
