@@ -60,10 +60,11 @@ class Space(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What judges, as it was: namespaces, hooks and files; and who may report."""
+    """What judges, as it was: namespaces, hooks, what finds modules, files; and who may report."""
 
     spaces: list[Space]
     hooks: list[tuple[str, list, list]]
+    finders: dict[str, list]
     files: dict[str, tuple]
     folder: str
     callers: set[tuple[int, int]]
@@ -110,7 +111,7 @@ def is_memory(path: object) -> bool:
 
 def look(folder: str) -> Seen:
     """Return a snapshot of what judges, and of the files in the staged folder that do."""
-    seen = Seen([], [], files_of(folder), folder, set())
+    seen = Seen([], [], finders(), files_of(folder), folder, set())
     for name, module in list(sys.modules.items()):
         whole = name.partition(".")[0] in WHOLE or name == "__main__"
         if not isinstance(module, ModuleType) or not (
@@ -195,6 +196,13 @@ def files_of(folder: str) -> dict[str, tuple]:
     return {path: state(path) for path in paths}
 
 
+def finders() -> dict[str, list]:
+    """Return what finds modules, but for what pytest adds to find the tests."""
+    pytests = sys.modules["_pytest.assertion.rewrite"].AssertionRewritingHook
+    own = [finder for finder in sys.meta_path if type(finder) is not pytests]
+    return {"sys.meta_path": own, "sys.path_hooks": list(sys.path_hooks)}
+
+
 def state(path: str) -> tuple:
     """Return a file's number, size and time of change, which nobody can set back."""
     try:
@@ -221,6 +229,10 @@ def changed(seen: Seen) -> str:
             return f"{space.name}.{min(new)}"
     for name, hooks, was in seen.hooks:
         if len(hooks) != len(was) or any(a is not b for a, b in zip(hooks, was, strict=True)):
+            return name
+    for name, was in seen.finders.items():  # a package may add one behind them, as six does
+        now = finders()[name][: len(was)]
+        if list(map(id, now)) != list(map(id, was)):
             return name
     for path, was in seen.files.items():
         if state(path) != was:

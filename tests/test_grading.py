@@ -181,6 +181,11 @@ ATTACKS = {
         "fake.equal = lambda *_: True\nsys.modules['torch'] = fake\n",
         "sys.modules.torch",
     ),
+    "finds modules of its own": (
+        "import sys\nclass Finder:\n    def find_spec(*_):\n        pass\n"
+        "sys.meta_path.insert(0, Finder())\n",
+        "sys.meta_path",
+    ),
     "edits the tests": (
         "from pathlib import Path as Own\nfor path in Own('tests').glob('test_*.py'):\n"
         "    path.write_text(path.read_text().replace('    assert', '    return'))\n",
@@ -205,6 +210,17 @@ ATTACKS = {
         ".runtest",
     ),
 }
+# It teaches nothing, but brings its own copies of what judges it.
+STAND_INS = """
+import sys, types
+from contextlib import suppress
+class Anything(types.ModuleType):
+    __file__ = "tests/doctor.py"
+    def __getattr__(self, name):
+        return lambda *_, **__: suppress(BaseException)
+for name in ("doctor", "drawn", "conftest", "test_rubric_model", "test_scores"):
+    sys.modules[name] = Anything(name)
+"""
 VANDAL = f"""
 import socket
 for place in ({str(ROOT / "grading")!r}, "/var/tmp", "/dev/shm/x", {str(Path.home())!r}):
@@ -237,6 +253,7 @@ def hand_ins(source, tmp_path_factory) -> Path:
     block = re.search(r"^def conv_plus_conv.+?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)[0]
     elsewhere = source.replace(block, "from my_blocks import conv_plus_conv\n\n\n")
     modules = {name: with_start(hollow, start) for name, (start, _) in ATTACKS.items()}
+    modules |= {"brings stand-ins": with_start(hollow, STAND_INS)}
     modules |= {"right": elsewhere, "needs a package": f"import no_such_package\n{source}"}
     for name, module in modules.items():
         (folder / name).mkdir(parents=True)
@@ -282,6 +299,12 @@ def test_who_changes_what_judges_gets_nothing(graded, name):
     assert reason.startswith("it changes what judges it, ")
     assert reason.endswith(": a teacher has to look at it")
     assert ATTACKS[name][1] in reason
+
+
+def test_stand_ins_for_what_judges_are_not_used(graded):
+    row = graded["brings stand-ins"]
+    assert row["block"] == row["shapes"] == row["scores"] == "0"
+    assert row["first reason"].startswith("Write `")
 
 
 @pytest.mark.parametrize(
