@@ -84,7 +84,9 @@ def isolate(job: Job) -> bool:
 def close_files(libc: ctypes.CDLL, job: Job) -> None:
     """Make all files read-only, and /tmp and /dev/shm empty, small and our own."""
     libc.mount(b"none", b"/", None, RECURSIVE | PRIVATE, None)
-    seen = [Path(sys.prefix).resolve(), *job.readable, *([job.writable] if job.writable else [])]
+    python = Path(sys.prefix)  # perhaps a link
+    own = [job.writable] if job.writable else []
+    seen = [python, python.resolve(), *job.readable, *own]
     doors = {path: os.open(path, os.O_RDONLY) for path in seen}  # they may lie in /tmp
     set_read_only(libc, Path("/"), True, OF_ALL_BELOW)
     for folder, size in ((TEMPORARY, SPACE), (Path("/dev/shm"), FILE_SIZE)):
