@@ -6,7 +6,9 @@
 FOLDER holds oxford-iiit-pet. `make bench` draws cost.png, and the kept run itself history.png.
 """
 
+import io
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -14,12 +16,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from nbconvert import HTMLExporter
+from PIL import Image
 
 import petseg_utils as pets
 from experiments.command import as_script
 from experiments.compare import mean_iou
 from experiments.read_runs import check_run
+from support.parameters import InputError
 
+FIGURES = pets.ROOT / "figures"
 NOTEBOOKS = pets.ROOT / "notebooks"
 KEPT = NOTEBOOKS / "oxford_run"
 
@@ -45,22 +50,34 @@ def plot_result(shown: pets.Pets, titles: list[str], labels: torch.Tensor) -> pl
     return pets.plot_grid(columns, ["photo", "truth", "prediction"], alt, width=1.8)
 
 
-def photograph_notebook(section: str = "See-the-U") -> None:
-    """Photograph what a window shows of the notebook's page from a section's heading on."""
-    # Here, since the other figures do without a browser.
-    from playwright.sync_api import sync_playwright
+def store(picture: Image.Image, name: str) -> None:
+    """Store a picture in the folder figures/ with 256 colours, which take half the bytes."""
+    # The median cut, which is Pillow's default, would grey the colours of small areas.
+    small = picture.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+    small.save(FIGURES / name, optimize=True)
 
+
+def photograph_notebook(section: str = "See-the-U", width: int = 1200, height: int = 1150) -> None:
+    """Photograph what a window shows of the notebook's page from a section's heading on.
+
+    Errors: `InputError` without the browser Chromium.
+    """
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        raise InputError("there is no chromium to photograph the notebook with: install it.")
     exporter = HTMLExporter(template_file=str(NOTEBOOKS / "page.html.j2"))
     text, _ = exporter.from_filename(str(NOTEBOOKS / "pet_segmentation.ipynb"))
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+    # In a frame, since Chromium photographs a page from its top.
+    size = f"width: {width}px; height: {height}px"
+    frame = f'<body style="margin: 0"><iframe src="page.html#{section}" style="border: 0; {size}">'
+    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "page.html").write_text(text, encoding="utf-8")
-        chromium = shutil.which("chromium")
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 1150})
-        page.goto((Path(folder) / "page.html").as_uri())
-        page.evaluate("heading => document.getElementById(heading).scrollIntoView()", section)
-        page.screenshot(path=pets.ROOT / "figures" / "notebook.png")
-        browser.close()
+        (Path(folder) / "frame.html").write_text(frame, encoding="utf-8")
+        photo = Path(folder) / "photo.png"
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--screenshot={photo}"]
+        options += [f"--window-size={width},{height}", (Path(folder) / "frame.html").as_uri()]
+        subprocess.run([chromium, *options], check=True, timeout=60)
+        store(Image.open(photo), "notebook.png")
 
 
 def main(data_dir: str = "") -> None:
@@ -76,7 +93,9 @@ def main(data_dir: str = "") -> None:
     seen = pets.load_pets(folder, names, recipe.IMAGE_SIZE)
     size = shown.masks.shape[1:]
     labels, _ = pets.predict(model, seen.images, precision, size=size, flip=recipe.FLIP)
-    plot_result(shown, list(chosen), labels).savefig(pets.ROOT / "figures" / "result.png", dpi=100)
+    drawn = io.BytesIO()
+    plot_result(shown, list(chosen), labels).savefig(drawn, dpi=100)
+    store(Image.open(drawn), "result.png")
     return None
 
 
