@@ -110,7 +110,7 @@ def plot_unet(steps: Sequence) -> plt.Figure:
         draw_arrow(axes, boxes[f"down{level}"], boxes[f"concat{level}"], "skip")
     handles = [Patch(facecolor=c, edgecolor="black", label=text) for c, text in BOXES.values()]
     handles += [plt.Line2D([], [], **ARROWS[kind], label=kind) for kind in list(ARROWS)[1:]]
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 3, "fontsize": 8}
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": 3, "fontsize": 9}
     axes.legend(handles=handles, frameon=False, **below)
     axes.set(xlim=(-2.2, 2 * depth + 3.8), ylim=(-1.6 * depth - 1.1, 1.2))
     axes.axis("off")
@@ -138,7 +138,7 @@ def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> pl
     text = f"{step.name}\n{step.formula}\n{step.row['traced']}".replace(" × ", "×")
     ha, va = ("center", "left", "right")[dx], ("center", "bottom", "top")[dy]
     axes.text(
-        x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=7.5
+        x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=9.5
     )
     color, line = (BOXES[kind][0], "-") if step.traced else ("none", ":")
     box = plt.Rectangle((x - w, y - h), 2 * w, 2 * h, ec="black", fc=color, linestyle=line)

@@ -114,6 +114,13 @@ def test_page_is_no_wider_than_the_screen(page, width, depth):
     assert max(place["right"] for place in places) <= width
 
 
+def test_where_there_is_no_room_for_labels_it_says_how_to_see_them(page):
+    assert page.locator("#told").text_content() == "Touch a box or a row."
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.reload()
+    assert page.locator("#told").text_content() == "Touch a box for its shape."
+
+
 def test_without_javascript_a_sentence_points_to_the_drawing(chromium):
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()

@@ -115,15 +115,15 @@ def test_no_error_progress_or_path_of_a_machine_is_stored(stem):
 
 
 @EACH
-def test_figures_have_alt_text_that_begins_with_the_caption_and_states_the_result(stem):
+def test_figures_have_alt_text_that_is_the_caption_and_the_result_below_them(stem):
     pairs = [pair for cell in CODE[stem] for pair in pairwise(cell.outputs)]
     pairs = [pair for pair in pairs if "image/png" in pair[0].get("data", {})]
     results = 0
     for figure, said in pairs:
-        alt, caption = figure.metadata["image/png"]["alt"], said.data["text/markdown"].strip("*")
-        assert alt.startswith(caption)
-        assert len(caption) > 20
-        results += bool(re.search(r"\d", alt.removeprefix(caption)))
+        text = said.data["text/markdown"]
+        caption, result = re.fullmatch(r"\*([^*]{20,})\*(.*)", text).groups()
+        assert figure.metadata["image/png"]["alt"] == caption + result
+        results += bool(re.search(r"\d", result))
     assert len(pairs) == sum("image/png" in one.get("data", {}) for one in outputs(stem))
     assert len(pairs) >= FEWEST[stem]["figures"]
     assert results >= FEWEST[stem]["results"]

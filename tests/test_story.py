@@ -138,7 +138,7 @@ def test_binary_iou_takes_the_border_for_pet():
     truth, predicted = torch.randint(3, (2, 400), generator=torch.Generator().manual_seed(1))
     matrix = pets.confusion_matrix(predicted.byte(), truth.byte())
     names = {"matrix": matrix, "test_scores": pets.scores(matrix), "lead": 0, "HTML": str}
-    names["images_in"] = {"test": 1}
+    names |= {"images_in": {"test": 1}, "classes": pets.CLASSES, "majority": 1}
     animal = truth != 1, predicted != 1
     expected = (animal[0] & animal[1]).sum() / (animal[0] | animal[1]).sum()
     space = run_cells("cell-070", **names)
