@@ -71,8 +71,8 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
         lock(output.with_name(".notebook.lock"))
         draft.unlink(missing_ok=True)  # that of an earlier run would be taken for this one's
         once = "--no-request-save-on-cell-execute"  # twice a cell takes a tenth of the whole time
-        bar = show_progress(output.with_name("log.txt"))
-        command = [bar, "--log-output", once, str(notebook), str(draft), *options]
+        shown = show_progress(output.with_name("log.txt"))
+        command = [*shown, "--log-output", once, str(notebook), str(draft), *options]
         call_papermill(command, draft)
         if not draft.exists():
             return  # an option like --help-notebook printed what it was asked for

@@ -87,14 +87,14 @@ class Engine(NBClientEngine):
             logger.removeHandler(progress)
 
 
-def show_progress(log: Path) -> str:
-    """Let all that is logged go to a file, and return papermill's option for the bar."""
+def show_progress(log: Path) -> list[str]:
+    """Let all that is logged go to a file, and return papermill's options for the bar."""
     options = {"filemode": "w", "encoding": "utf-8", "format": "%(message)s", "level": "INFO"}
     logging.basicConfig(filename=log, force=True, **options)
     logging.raiseExceptions = False  # of a log that a full disk cuts short
-    papermill_engines.register(None, Engine)
+    papermill_engines.register("progress", Engine)
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    return "--progress-bar" if terminal else "--no-progress-bar"
+    return ["--engine", "progress", "--progress-bar" if terminal else "--no-progress-bar"]
 
 
 def fault_of(error: PapermillExecutionError, draft: Path) -> str:

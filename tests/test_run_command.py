@@ -1,6 +1,7 @@
 """`make run`: what its terminal shows, and the recipes by name."""
 
 import json
+import logging
 import re
 import shutil
 from functools import partial
@@ -8,6 +9,7 @@ from functools import partial
 import nbformat
 import pytest
 import yaml
+from papermill.engines import NBClientEngine, papermill_engines
 from tqdm import tqdm
 
 import petseg_utils as pets
@@ -37,6 +39,8 @@ def test_the_last_state_of_a_cells_bar_is_told_in_words(text, told):
 def show(tmp_path, monkeypatch, capsys):
     """Return what executes two sections, as on a terminal or not, and gives what was printed."""
     monkeypatch.setattr(run_notebook, "quieten_kernel", lambda: None)  # pytest has stderr
+    monkeypatch.setattr(logging.root, "handlers", [])  # what is logged goes to a file
+    monkeypatch.setattr(logging, "raiseExceptions", True)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
     def show(*options: str) -> tuple[str, str]:
@@ -68,6 +72,7 @@ def test_without_a_terminal_each_section_is_a_line_and_scores_and_page_follow(sh
     assert ious.endswith(" pet 0.873, background 0.933, border 0.611")
     assert seconds.endswith(" 3516 s")
     assert done == f"Done: open {tmp_path / 'notebook.html'}"
+    assert papermill_engines.get_engine(None) is NBClientEngine  # for all else in this process
     assert show("--prepare-only")[0] == f"{done}\n"  # the scores are of another run then
 
 
