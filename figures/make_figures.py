@@ -22,7 +22,6 @@ import petseg_utils as pets
 from experiments.command import as_script
 from experiments.compare import mean_iou
 from experiments.read_runs import check_run
-from support.parameters import InputError
 
 FIGURES = pets.ROOT / "figures"
 NOTEBOOKS = pets.ROOT / "notebooks"
@@ -64,7 +63,7 @@ def photograph_notebook(section: str = "See-the-U", width: int = 1200, height: i
     """
     chromium = shutil.which("chromium")
     if chromium is None:
-        raise InputError("there is no chromium to photograph the notebook with: install it.")
+        raise pets.InputError("there is no chromium to photograph the notebook with: install it.")
     exporter = HTMLExporter(template_file=str(NOTEBOOKS / "page.html.j2"))
     text, _ = exporter.from_filename(str(NOTEBOOKS / "pet_segmentation.ipynb"))
     # In a frame, since Chromium photographs a page from its top.

@@ -333,10 +333,8 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion]) -> dict[str, 
     """
     own, jobs = grader_files(), {}
     files = {**own, **hand_in.others, MODULE: hand_in.module.read_bytes()}
-    notebook, run = (
-        hand_in.notebook.read_bytes(),
-        folder.parent / (hand_in.run or f"{folder.name}-run"),
-    )
+    notebook = hand_in.notebook.read_bytes()
+    run = folder.parent / (hand_in.run or f"{folder.name}-run")
     seen = [ROOT]
     if any(c.notebook for c in criteria):
         from grading.notebook import SECONDS, execute, quiz_of  # the student edition does without

@@ -230,9 +230,9 @@ def changed(seen: Seen) -> str:
     for name, hooks, was in seen.hooks:
         if len(hooks) != len(was) or any(a is not b for a, b in zip(hooks, was, strict=True)):
             return name
-    for name, was in seen.finders.items():  # a package may add one behind them, as six does
-        now = finders()[name][: len(was)]
-        if list(map(id, now)) != list(map(id, was)):
+    for (name, was), now in zip(seen.finders.items(), finders().values(), strict=True):
+        # A package may add one behind them, as six does.
+        if list(map(id, now[: len(was)])) != list(map(id, was)):
             return name
     for path, was in seen.files.items():
         if state(path) != was:

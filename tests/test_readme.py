@@ -42,10 +42,8 @@ def test_files_and_sections_that_a_readme_links_to_exist(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_commands_of_a_readme_are_those_of_the_makefile(name):
-    # The students' edition has a Makefile of its own.
-    makefile = (pets.ROOT / "Makefile").read_text(encoding="utf-8") + read_toml("student")[
-        "makefile"
-    ]
+    students = read_toml("student")["makefile"]  # their edition has one of its own
+    makefile = (pets.ROOT / "Makefile").read_text(encoding="utf-8") + students
     targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
     variables = set(re.findall(r"\$\((?:if \$\()?(\w+)\)", makefile))
     commands = re.findall(r"^make .+|`make [^`]+`", TEXTS[name], re.MULTILINE)
