@@ -1,9 +1,8 @@
 """Pet segmentation with a U-Net: the model, and every helper that the notebooks import.
 
-Sections, as data flows: recipe, data, model, shapes, scores, training. Each uses only what stands
-above it. Letters: B images, N the side of the square images in pixels, b base channels, K = 3
-classes. Images are (B, 3, N, N) uint8; masks are (B, N, N) uint8 labels, each an index into
-`CLASSES`, or `IGNORE`.
+Sections, as data flows: recipe, data, model, shapes, scores, training; none uses a later one.
+Letters: B images, N the side of the square images in pixels, b base channels, K = 3 classes. Images
+are (B, 3, N, N) uint8, masks (B, N, N) uint8 labels, each an index into `CLASSES`, or `IGNORE`.
 """
 
 import math
@@ -37,7 +36,7 @@ from support.safe_files import write_atomically
 from support.sample_pets import draw_sample_pets
 from support.shapes import Planned, Step, compare, first_fault
 from support.speed import keep_freed_memory, pick_precision, precision_of, prepare
-from support.trace import Trace, sizes_of, trace_shapes
+from support.trace import Trace, outputs_of, sizes_of, trace_shapes
 
 # What notebooks, experiments and tests use: the module's own, and what rooms below it offer.
 # fmt: off
@@ -67,50 +66,36 @@ class Recipe(Parameters):
     # These say where a run reads, computes and writes, not what it trains.
     PLACES: ClassVar[set[str]] = {"DATA_DIR", "DOWNLOAD", "DEVICE", "PHOTO", "RUN_NAME", "RESUME"}
 
-    DATASET: Literal["sample", "oxford"] = param(
-        "sample", '"sample" (drawn here) or the real "oxford"'
-    )
-    DATA_DIR: str = param(
-        "data", "folder with oxford-iiit-pet, from the project's root", min_length=1
-    )
+    DATASET: Literal["sample", "oxford"] = param("sample", '"sample" (drawn) or "oxford" (real)')
+    DATA_DIR: str = param("data", "folder that holds oxford-iiit-pet", min_length=1)
     IMAGE_SIZE: int = param(64, "side of the images in pixels; divisible by 2**DEPTH", 8, 1024)
     BASE_CHANNELS: int = param(16, "channels of the first level (the course's net has 32)", 1, 256)
     EPOCHS: int = param(6, "passes over the training images", 1, 1000)
-    LEARNING_RATE: float = param(
-        1e-2, "its peak, or the rate itself without LINEAR_DECAY", gt=0, most=1
-    )
+    LEARNING_RATE: float = param(1e-2, "the rate, at its peak", gt=0, most=1)
     PHOTO: str = param("", 'image file to try the net on; "" takes the one that scikit-image ships')
-    RUN_NAME: str = param(
-        "default", "results go to runs/RUN_NAME; with papermill, its output's folder"
-    )
+    RUN_NAME: str = param("default", "results go to runs/RUN_NAME (papermill: beside its output)")
 
     DOWNLOAD: bool = param(False, "download the real dataset (about 800 MB) into DATA_DIR")
     LIMIT: int = param(0, "use only this many images of each split; 0 uses all", 0)
+    HOLD_OUT: float = param(0.1, "share of each breed in trainval to validate by", gt=0, lt=1)
     SCORE_SIZE: int = param(0, "side of the masks that are scored; 0 takes IMAGE_SIZE", 0, 1024)
-    MASK_RESIZE: Literal["nearest", "bilinear"] = param(
-        "nearest", '"nearest" or, a mistake, "bilinear"'
-    )
+    MASK_RESIZE: Literal["nearest", "bilinear"] = param("nearest", 'or "bilinear", a mistake')
     DEPTH: int = param(5, "levels down, and up again", 2, 7)
     NORMS: int = param(2, "BatchNorms in each conv_plus_conv", 1, 2)
     SKIPS: bool = param(True, "False replaces what the skip connections carry by zeros")
-    SMALL_EPOCHS: str = param(
-        "", 'first EPOCHS, at smaller sides, like "2 at 64, 3 at 128"; "" for none'
-    )
+    SMALL_EPOCHS: str = param("", 'first EPOCHS at smaller sides, like "2 at 64, 3 at 128"')
     BATCH_SIZE: int = param(16, "images in one training step", 2, 1024)
     MUON: bool = param(True, "train with Muon; False trains with AdamW")
-    LINEAR_DECAY: bool = param(
-        True, "warm the rate up, then let it fall to 0; False keeps it constant"
-    )
+    LINEAR_DECAY: bool = param(True, "the rate warms up, then falls to 0; False: it is constant")
     WEIGHT_DECAY: float = param(0.01, "how much each step shrinks the weights", 0, 1)
     DICE_WEIGHT: float = param(0.5, "weight of the Dice loss beside cross-entropy", 0, 100)
+    COARSE_WEIGHT: float = param(0.0, "weight of a loss at N/2; at N/4 and N/8 it halves", 0, 100)
     AVERAGE: bool = param(True, "keep a moving average of the weights; False keeps the last ones")
     AUGMENT: float = param(1.0, "how much to move and recolour training images; 0 for none", 0, 1)
     FLIP: bool = param(False, "average the predictions for an image and its mirror image")
     SEED: int = param(0, "of weights, held-out images, batches and augmentation", 0, lt=2**31)
     DEVICE: Literal["auto", "cpu", "cuda", "mps"] = param("auto", '"auto", "cpu", "cuda" or "mps"')
-    PRECISION: Literal["auto", "float32", "bfloat16"] = param(
-        "auto", '"auto", "float32" or "bfloat16"'
-    )
+    PRECISION: Literal["auto", "float32", "bfloat16"] = param("auto", '"float32" or "bfloat16"')
     RESUME: bool = param(False, "go on from the run's checkpoint, if there is one")
 
     @model_validator(mode="after")
@@ -125,8 +110,7 @@ class Recipe(Parameters):
             check_side(side, self.DEPTH)
         if len(small) >= self.EPOCHS or max(small, default=0) > self.IMAGE_SIZE:
             wanted = f"name fewer epochs than {self.EPOCHS}, at sides up to {self.IMAGE_SIZE}"
-            why = "the last epochs train at IMAGE_SIZE, which is scored"
-            raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}: {why}.")
+            raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}.")
         return self
 
     @property
@@ -216,8 +200,7 @@ def load_pets(
 
     def fill(index: int) -> None:
         image, trimap = open_pair(*files_of(folder, names[index]))
-        # Pillow's bilinear filter is antialiased. A trimap's values are names, not amounts, and
-        # must never be mixed.
+        # Pillow's filter is antialiased. A trimap's values are names, which must never be mixed.
         image = image.resize((side, side), Image.Resampling.BILINEAR)
         trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])
         images[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -531,22 +514,42 @@ def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -
     return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
 
 
+def coarse_loss(heads: nn.Module, seen: list[Tensor], masks: Tensor, recipe: Recipe) -> Tensor:
+    """Return the losses of coarser levels: deep supervision (Lee et al. 2015), 0 without heads.
+
+    So what up4, up3 and up2 put out, `seen`, has a short way to a loss. A level counts half as much
+    as the next finer one; the masks (B, N, N) are thinned out for it, never mixed.
+    """
+    total = masks.new_zeros((), dtype=torch.float32)
+    for level, (head, features) in enumerate(zip(heads, reversed(seen), strict=True)):
+        stride = 2 ** (level + 1)
+        coarse = masks[:, stride // 2 :: stride, stride // 2 :: stride]
+        loss = segmentation_loss(head(features.float()), coarse, recipe.DICE_WEIGHT)
+        total = total + recipe.COARSE_WEIGHT / 2**level * loss
+    return total
+
+
 class Training(NamedTuple):
     """All that changes during a training, and so what a checkpoint holds, beside the history."""
 
     model: nn.Module
+    heads: nn.ModuleList  # 1 x 1 convolutions to logits of the levels up below the top
     average: AveragedModel
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
-        """Return the model with its average, its optimiser and the schedule of the rate."""
+        """Return the model with its heads, average, optimiser and the schedule of the rate."""
+        levels = range(min(recipe.DEPTH - 1, 3)) if recipe.COARSE_WEIGHT else ()
+        sizes = [(recipe.BASE_CHANNELS * 2**level, len(CLASSES), 1) for level in levels]
+        heads = nn.ModuleList(nn.Conv2d(*size) for size in sizes).to(next(model.parameters()))
+        weights = [*model.parameters(), *heads.parameters()]
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
-            optimizer = Muon(model.parameters(), **options, precision=precision_of(model, recipe))
+            optimizer = Muon(weights, **options, precision=precision_of(model, recipe))
         else:
-            optimizer = torch.optim.AdamW(model.parameters(), **options, fused=True)
+            optimizer = torch.optim.AdamW(weights, **options, fused=True)
 
         def share_of_peak(step: int) -> float:  # rises over a tenth of the steps, then falls to 0
             done = (step + 1) / (total_steps + 1)
@@ -559,7 +562,7 @@ class Training(NamedTuple):
                 average.lerp_(current, 1 - decay)
 
         average = AveragedModel(model, multi_avg_fn=moving_average)
-        return cls(model, average, optimizer, LambdaLR(optimizer, share_of_peak))
+        return cls(model, heads, average, optimizer, LambdaLR(optimizer, share_of_peak))
 
 
 @memory_told()
@@ -611,8 +614,7 @@ def epochs(
         held_out = load_pets(valid_pets.folder, valid_pets.names, side)
         return smaller, held_out._replace(masks=valid_pets.masks)
 
-    total = recipe.EPOCHS * steps
-    with tqdm(total=total, initial=done * steps, mininterval=1, leave=False) as bar:
+    with tqdm(total=recipe.EPOCHS * steps, initial=done * steps, mininterval=1, leave=False) as bar:
         for epoch, side in list(enumerate(sides, 1))[done:]:
             bar.set_description(f"epoch {epoch}/{recipe.EPOCHS}")
             # By the epoch, so that a resumed run draws the same; no two seeds share an epoch's.
@@ -634,7 +636,7 @@ def epochs(
 
 def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> float:
     """Pass over the images once, in random batches, and return the mean loss."""
-    model, average, optimizer, schedule = training
+    model, heads, average, optimizer, schedule = training
     device, precision = next(model.parameters()).device, precision_of(model, recipe)
     model.train()
     losses = []
@@ -644,8 +646,10 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
         images, masks = pets.images[batch].to(device), pets.masks[batch].to(device)
         if recipe.AUGMENT:
             images, masks = augment(images, masks, recipe.AUGMENT)  # (B, 3, N, N), (B, N, N)
-        logits = run_model(model, images, precision)  # (B, K, N, N)
+        with outputs_of(model.ups[-2 - level] for level in range(len(heads))) as coarser:
+            logits = run_model(model, images, precision)  # (B, K, N, N)
         loss = segmentation_loss(logits, masks.long(), recipe.DICE_WEIGHT)
+        loss = loss + coarse_loss(heads, coarser, masks.long(), recipe)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -655,8 +659,7 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
         bar.update()
     mean = torch.stack(losses).mean().item()
     if not math.isfinite(mean):
-        what = "make LEARNING_RATE smaller and train again"
-        raise InputError(f"the loss is no longer a number: {what}.")
+        raise InputError("the loss is no longer a number: make LEARNING_RATE smaller, train again.")
     return mean
 
 
