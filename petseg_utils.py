@@ -36,7 +36,7 @@ from support.safe_files import write_atomically
 from support.sample_pets import draw_sample_pets
 from support.shapes import Planned, Step, compare, first_fault
 from support.speed import keep_freed_memory, pick_precision, precision_of, prepare
-from support.trace import Trace, outputs_of, sizes_of, trace_shapes
+from support.trace import Trace, sizes_of, trace_shapes
 
 # What notebooks, experiments and tests use: the module's own, and what rooms below it offer.
 # fmt: off
@@ -89,7 +89,6 @@ class Recipe(Parameters):
     LINEAR_DECAY: bool = param(True, "the rate warms up, then falls to 0; False: it is constant")
     WEIGHT_DECAY: float = param(0.01, "how much each step shrinks the weights", 0, 1)
     DICE_WEIGHT: float = param(0.5, "weight of the Dice loss beside cross-entropy", 0, 100)
-    COARSE_WEIGHT: float = param(0.0, "weight of a loss at N/2; at N/4 and N/8 it halves", 0, 100)
     AVERAGE: bool = param(True, "keep a moving average of the weights; False keeps the last ones")
     AUGMENT: float = param(1.0, "how much to move and recolour training images; 0 for none", 0, 1)
     FLIP: bool = param(False, "average the predictions for an image and its mirror image")
@@ -514,42 +513,22 @@ def segmentation_loss(logits: Tensor, masks: Tensor, dice_weight: float = 0.5) -
     return cross_entropy + dice_weight * (1 - ((2 * overlap + 1) / (total + 1)).mean())
 
 
-def coarse_loss(heads: nn.Module, seen: list[Tensor], masks: Tensor, recipe: Recipe) -> Tensor:
-    """Return the losses of coarser levels: deep supervision (Lee et al. 2015), 0 without heads.
-
-    So what up4, up3 and up2 put out, `seen`, has a short way to a loss. A level counts half as much
-    as the next finer one; the masks (B, N, N) are thinned out for it, never mixed.
-    """
-    total = masks.new_zeros((), dtype=torch.float32)
-    for level, (head, features) in enumerate(zip(heads, reversed(seen), strict=True)):
-        stride = 2 ** (level + 1)
-        coarse = masks[:, stride // 2 :: stride, stride // 2 :: stride]
-        loss = segmentation_loss(head(features.float()), coarse, recipe.DICE_WEIGHT)
-        total = total + recipe.COARSE_WEIGHT / 2**level * loss
-    return total
-
-
 class Training(NamedTuple):
     """All that changes during a training, and so what a checkpoint holds, beside the history."""
 
     model: nn.Module
-    heads: nn.ModuleList  # 1 x 1 convolutions to logits of the levels up below the top
     average: AveragedModel
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, total_steps: int) -> Self:
-        """Return the model with its heads, average, optimiser and the schedule of the rate."""
-        levels = range(min(recipe.DEPTH - 1, 3)) if recipe.COARSE_WEIGHT else ()
-        sizes = [(recipe.BASE_CHANNELS * 2**level, len(CLASSES), 1) for level in levels]
-        heads = nn.ModuleList(nn.Conv2d(*size) for size in sizes).to(next(model.parameters()))
-        weights = [*model.parameters(), *heads.parameters()]
+        """Return the model with its average, its optimiser and the schedule of the rate."""
         options = {"lr": recipe.LEARNING_RATE, "weight_decay": recipe.WEIGHT_DECAY}
         if recipe.MUON:
-            optimizer = Muon(weights, **options, precision=precision_of(model, recipe))
+            optimizer = Muon(model.parameters(), **options, precision=precision_of(model, recipe))
         else:
-            optimizer = torch.optim.AdamW(weights, **options, fused=True)
+            optimizer = torch.optim.AdamW(model.parameters(), **options, fused=True)
 
         def share_of_peak(step: int) -> float:  # rises over a tenth of the steps, then falls to 0
             done = (step + 1) / (total_steps + 1)
@@ -562,7 +541,7 @@ class Training(NamedTuple):
                 average.lerp_(current, 1 - decay)
 
         average = AveragedModel(model, multi_avg_fn=moving_average)
-        return cls(model, heads, average, optimizer, LambdaLR(optimizer, share_of_peak))
+        return cls(model, average, optimizer, LambdaLR(optimizer, share_of_peak))
 
 
 @memory_told()
@@ -636,7 +615,7 @@ def epochs(
 
 def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> float:
     """Pass over the images once, in random batches, and return the mean loss."""
-    model, heads, average, optimizer, schedule = training
+    model, average, optimizer, schedule = training
     device, precision = next(model.parameters()).device, precision_of(model, recipe)
     model.train()
     losses = []
@@ -646,10 +625,8 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
         images, masks = pets.images[batch].to(device), pets.masks[batch].to(device)
         if recipe.AUGMENT:
             images, masks = augment(images, masks, recipe.AUGMENT)  # (B, 3, N, N), (B, N, N)
-        with outputs_of(model.ups[-2 - level] for level in range(len(heads))) as coarser:
-            logits = run_model(model, images, precision)  # (B, K, N, N)
+        logits = run_model(model, images, precision)  # (B, K, N, N)
         loss = segmentation_loss(logits, masks.long(), recipe.DICE_WEIGHT)
-        loss = loss + coarse_loss(heads, coarser, masks.long(), recipe)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,7 +1,5 @@
 """Note the operations of any net's forward pass and the shapes that they make."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -133,17 +131,3 @@ def names_in_use(model: nn.Module) -> list[str]:
     with torch.no_grad():
         model(torch.empty(1, 3, 256, 256, device="meta"))
     return list(dict.fromkeys(names))
-
-
-@contextmanager
-def outputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Give a list that gets what each of the modules puts out, in the order in which they run."""
-    outputs: list[Tensor] = []
-    hooks = [
-        part.register_forward_hook(lambda *given: outputs.append(given[-1])) for part in modules
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
