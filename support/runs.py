@@ -5,6 +5,7 @@ What it holds is a contract: `compare_runs.ipynb` reads nothing else.
 
 import csv
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from support.machine import room_for
 from support.parameters import InputError
 from support.safe_files import git_name, own_folder, write_atomically, write_csv
 from support.tensor_files import load_tensors, save_tensors
-from support.trace import names_in_use
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,13 +59,30 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise InputError(f"{path} {what}: train again.") from None
 
 
+def names_in_use(model: nn.Module) -> list[str]:
+    """Return the names of a net's tensors, as in its state_dict, in the order of their use."""
+    model = deepcopy(model).to("meta").eval()
+    names: list[str] = []
+
+    def note_all(part: nn.Module, prefix: str) -> None:
+        own = [f"{prefix}.{name}" for name in part.state_dict() if "." not in name]
+        part.register_forward_pre_hook(lambda *_: names.extend(own))
+
+    for prefix, part in model.named_modules():
+        note_all(part, prefix)
+    with torch.no_grad():
+        model(torch.empty(1, 3, 256, 256, device="meta"))
+    return list(dict.fromkeys(names))
+
+
 def write_run(folder: Path, metrics: dict, history: list[dict], images: list[dict]) -> None:
     """Write `history.csv`, `images.csv` and, last, `metrics.json`: a run that has it is whole.
 
     To `metrics` it adds the versions of torch and of the project's code, by git's names of files.
     """
-    code = [ROOT / "petseg_utils.py", *sorted((ROOT / "support").glob("*.py"))]
-    versions = {"torch": torch.__version__, **{file.stem: git_name(file) for file in code}}
+    rooms = [*ROOT.glob("shapes/[!_]*.py"), *ROOT.glob("support/[!_]*.py")]
+    code = {file.stem: git_name(file) for file in (ROOT / "petseg_utils.py", *sorted(rooms))}
+    versions = {"torch": torch.__version__, **code}
     text = json.dumps({**metrics, "versions": versions}, indent=2) + "\n"
     write_csv(folder / "history.csv", history)
     write_csv(folder / "images.csv", images)
