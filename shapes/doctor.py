@@ -63,9 +63,8 @@ def faults_of_levels(plan: list[Planned], traced: Trace) -> Iterator[str]:
     if halves < depth:
         often = ["not even once", "once only", "twice only", f"{halves} times only"][min(halves, 3)]
         yield f"the sides part at level {halves + 1}: {side} can be halved {often}"
-    levels, ups = (
-        sum(one.kind == kind for one in traced.seen) for kind in ("pooling", "upsampling")
-    )
+    kinds = [one.kind for one in traced.seen]
+    levels, ups = kinds.count("pooling"), kinds.count("upsampling")
     if levels == ups != depth and levels and not traced.stopped:
         many = "many" if levels > depth else "few"
         yield f"the net has {levels} levels, planned are {depth}: too {many}"

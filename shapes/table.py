@@ -57,10 +57,7 @@ class Step(NamedTuple):
 
 
 def compare(plan: list[Planned], traced: Trace, model: nn.Module) -> list[Step]:
-    """Return the plan's steps beside what was traced of a model.
-
-    A net that is too unlike the plan has its traced operations as steps.
-    """
+    """Return the plan's steps beside what was traced, or a net's own if it is too unlike it."""
     outputs = line_up(plan, traced)
     if outputs is None:
         return [
@@ -88,10 +85,7 @@ def compare(plan: list[Planned], traced: Trace, model: nn.Module) -> list[Step]:
 
 
 def line_up(plan: list[Planned], traced: Trace) -> list[Shape | None] | None:
-    """Return what the operations put out, up to the first that doesn't do as planned.
-
-    None says that the net is too unlike the plan to be compared.
-    """
+    """Return what is put out, up to the first not as planned, or None if all is too unlike."""
     expected = [one.kind for one in (plan[: len(traced.seen)] if traced.stopped else plan)]
     if SequenceMatcher(None, expected, [one.kind for one in traced.seen]).ratio() < 0.7:
         return None
@@ -128,8 +122,5 @@ def receptive_field(path: list[Planned]) -> int:
     width = 1
     for operation in reversed(path):
         width += max(operation.kernel - 1, 0)
-        if operation.kind == "pooling":
-            width *= 2
-        elif operation.kind == "upsampling":
-            width = width // 2 + 1
+        width = {"pooling": 2 * width, "upsampling": width // 2 + 1}.get(operation.kind, width)
     return width

@@ -29,9 +29,9 @@ class Operation(NamedTuple):
     takes: int = 0  # channels that a convolution's weights are made for
     kernel: int = 0
     stride: int = 1
-    dim: int = 1  # that a concatenation joins on
     parameters: int = 0
     flops: int = 0  # of a convolution, 2 per multiply-add
+    dim: int = 1  # that a concatenation joins on
 
 
 class Trace(NamedTuple):
@@ -72,16 +72,11 @@ def describe(kind: str, args: tuple, inputs: list[Tensor], output: Tensor | None
         return Operation(kind, given, gives)
     _, weight, bias, stride, _padding, _dilation, transposed, _more, groups = args
     side = given[0][1] if transposed else gives[1] if gives else 0
-    return Operation(
-        "transposed convolution" if transposed else kind,
-        given,
-        gives,
-        takes=weight.shape[0] if transposed else weight.shape[1] * groups,
-        kernel=weight.shape[3],
-        stride=stride[0],
-        parameters=weight.numel() + (0 if bias is None else bias.numel()),
-        flops=2 * weight.numel() * side**2,
-    )
+    kind = "transposed convolution" if transposed else kind
+    takes = weight.shape[0] if transposed else weight.shape[1] * groups
+    parameters = weight.numel() + (0 if bias is None else bias.numel())
+    flops = 2 * weight.numel() * side**2
+    return Operation(kind, given, gives, takes, weight.shape[3], stride[0], parameters, flops)
 
 
 def trace_shapes(model: nn.Module, side: int) -> Trace:
