@@ -35,14 +35,18 @@ def resume(path: Path, parts: dict, identity: dict, go_on: bool) -> list[dict]:
     """Bring `parts` of a training to the state that a checkpoint keeps, and return its history.
 
     Unless it should `go_on`, the checkpoint is set aside. Errors: `InputError` if it is damaged,
-    or of another training.
+    or, naming all that differs, of another training.
     """
     if not go_on:
         set_aside(path)
         return []
     saved = load_tensors(path)
     try:
-        check_identity(path, saved["recipe"], identity)
+        theirs = saved["recipe"]
+        if other := [key for key in identity if theirs.get(key) != identity[key]]:
+            told = "; ".join(f"{key} {theirs.get(key)}, not {identity[key]}" for key in other)
+            what = f"{path} is of another run, with {told}"
+            raise InputError(f"{what}: set RESUME to False, or these.")
         rows = [{key: float(value) for key, value in row.items()} for row in saved["history"]]
         epochs = [row["epoch"] for row in rows]
         if epochs != list(range(1, len(epochs) + 1)):
@@ -59,15 +63,6 @@ def resume(path: Path, parts: dict, identity: dict, go_on: bool) -> list[dict]:
         raise
     except Exception:  # in somebody else's file, anything may be missing or of a wrong type
         raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
-
-
-def check_identity(path: Path, theirs: dict, own: dict) -> None:
-    """Raise `InputError`, naming all that differs, unless the training was of the same."""
-    other = [key for key in own if theirs.get(key) != own[key]]
-    if other:
-        told = "; ".join(f"{key} {theirs.get(key)}, not {own[key]}" for key in other)
-        what = f"{path} is of another run, with {told}"
-        raise InputError(f"{what}: set RESUME to False, or these.")
 
 
 def set_aside(checkpoint: Path) -> None:

@@ -1,7 +1,4 @@
-"""Find a dataset, read its lists of names, and open images with their trimaps, whatever is wrong.
-
-Nothing here is about U-Nets.
-"""
+"""Find a dataset, read its lists of names, open images with their trimaps, whatever is wrong."""
 
 import os
 import re
@@ -22,10 +19,7 @@ register_heif_opener()  # what iPhones write
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
-    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB).
-
-    Errors: `InputError`.
-    """
+    """Return `data_dir`/oxford-iiit-pet, downloaded if asked (800 MB). Errors: `InputError`."""
     folder = ROOT / Path(data_dir).expanduser() / "oxford-iiit-pet"
     if download:
         try:

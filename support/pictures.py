@@ -95,9 +95,8 @@ def plot_unet(steps: Sequence) -> plt.Figure:
         f"{depth} levels up on the right, and an arrow across each level for its skip. "
         "Every box is labelled with its formula and its shape."
     )
-    figure, axes = plt.subplots(
-        figsize=(3.5 + 1.7 * depth, 2.2 + 0.9 * depth), layout="constrained", label=alt
-    )
+    size = (3.5 + 1.7 * depth, 2.2 + 0.9 * depth)
+    figure, axes = plt.subplots(figsize=size, layout="constrained", label=alt)
     pixels = (3, int(steps[0].predicted[1]))
     image = steps[0]._replace(name="image", formula="N × N × 3", predicted=pixels, traced=pixels)
     drawn = [image, *(step for step in steps if not step.name.startswith(("pool", "upsample")))]
@@ -137,9 +136,8 @@ def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> pl
     w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)
     text = f"{step.name}\n{step.formula}\n{step.row['traced']}".replace(" × ", "×")
     ha, va = ("center", "left", "right")[dx], ("center", "bottom", "top")[dy]
-    axes.text(
-        x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=9.5
-    )
+    at = x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx)
+    axes.text(*at, text, ha=ha, va=va, fontsize=9.5)
     color, line = (BOXES[kind][0], "-") if step.traced else ("none", ":")
     box = plt.Rectangle((x - w, y - h), 2 * w, 2 * h, ec="black", fc=color, linestyle=line)
     return axes.add_patch(box)

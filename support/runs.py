@@ -1,7 +1,4 @@
-"""The folder of a run: its results and weights, written whole or not at all, and read back.
-
-What it holds is a contract: `compare_runs.ipynb` reads nothing else.
-"""
+"""The folder of a run, a contract: results and weights, written whole or not at all, read back."""
 
 import csv
 import json
@@ -62,17 +59,13 @@ def load_weights(path: Path, model: nn.Module) -> None:
 def names_in_use(model: nn.Module) -> list[str]:
     """Return the names of a net's tensors, as in its state_dict, in the order of their use."""
     model = deepcopy(model).to("meta").eval()
-    names: list[str] = []
-
-    def note_all(part: nn.Module, prefix: str) -> None:
-        own = [f"{prefix}.{name}" for name in part.state_dict() if "." not in name]
-        part.register_forward_pre_hook(lambda *_: names.extend(own))
-
+    names: dict[str, None] = {}
     for prefix, part in model.named_modules():
-        note_all(part, prefix)
+        own = {f"{prefix}.{name}": None for name in part.state_dict() if "." not in name}
+        part.register_forward_pre_hook(lambda *_, own=own: names.update(own))
     with torch.no_grad():
         model(torch.empty(1, 3, 256, 256, device="meta"))
-    return list(dict.fromkeys(names))
+    return list(names)
 
 
 def write_run(folder: Path, metrics: dict, history: list[dict], images: list[dict]) -> None:

@@ -45,21 +45,18 @@ FACES = {  # ovals by species: x, y, x radius, y radius, colour (None: the muzzl
 # Poses are bands in hundredths of a box: start x y, bend x y, end x y, width, brightness. First
 # comes the tail, whose width is the breed's; last the head: x, y and radius.
 POSES = (
-    # standing, side on
-    ((16, 50, -12, 50, -2, 10, 0, 190), (26, 55, 28, 75, 26, 97, 12, 150),
+    ((16, 50, -12, 50, -2, 10, 0, 190), (26, 55, 28, 75, 26, 97, 12, 150),  # standing, side on
      (66, 55, 70, 75, 69, 97, 12, 150), (8, 56, 40, 50, 75, 53, 36, 215),
      (17, 50, 14, 75, 17, 100, 15, 235), (58, 50, 58, 75, 59, 100, 14, 235),
      (60, 58, 72, 50, 80, 25, 26, 225), (80, 27, 22)),
-    # sitting, facing us
-    ((60, 92, 115, 99, 95, 55, 0, 170), (50, 30, 50, 60, 50, 99, 50, 205),
+    ((60, 92, 115, 99, 95, 55, 0, 170), (50, 30, 50, 60, 50, 99, 50, 205),  # sitting, facing us
      (22, 85, 30, 84, 42, 98, 26, 225), (78, 85, 70, 84, 58, 98, 26, 225),
      (41, 58, 43, 80, 41, 99, 15, 240), (59, 58, 57, 80, 59, 99, 15, 240), (50, 28, 25)),
-    # lying
-    ((10, 75, -15, 95, 25, 97, 0, 190), (2, 74, 40, 55, 85, 72, 42, 210),
+    ((10, 75, -15, 95, 25, 97, 0, 190), (2, 74, 40, 55, 85, 72, 42, 210),  # lying
      (8, 85, 20, 70, 42, 92, 20, 235), (60, 80, 70, 95, 99, 88, 13, 200),
      (50, 80, 60, 98, 90, 96, 14, 240), (76, 45, 24)),
-    # a portrait
-    ((90, 99, 120, 99, 110, 60, 0, 180), (50, 40, 50, 99, 50, 260, 78, 210), (50, 42, 40)),
+    ((90, 99, 120, 99, 110, 60, 0, 180), (50, 40, 50, 99, 50, 260, 78, 210),  # a portrait
+     (50, 42, 40)),
 )  # fmt: skip
 LIST_HEADER = """#Image CLASS-ID SPECIES BREED ID
 #ID: 1:6 Class ids
@@ -181,7 +178,7 @@ def _head(species, ear, x, y, r, look):
 
 def _draw_room(rng, size):
     """Return a wall or hedge above a floor or lawn, with things that stand about."""
-    scene, floor = _random_texture(rng, size), _random_texture(rng, size)
+    scene, floor = _texture(rng, size), _texture(rng, size)
     horizon = int(size[1] * rng.uniform(0.3, 0.8))
     scene.paste(floor.crop((0, horizon, *size)), (0, horizon))
     things = (
@@ -196,7 +193,7 @@ def _draw_room(rng, size):
         for kind in rng.integers(len(things), size=count):
             place = _placement(rng, size, rng.uniform(0.2, 0.5), rng.uniform(0, 1, 2))
             parts += [(place(outline), 230) for outline in things[kind]]
-        _paint(scene, parts, _random_texture(rng, size))
+        _paint(scene, parts, _texture(rng, size))
     return scene
 
 
@@ -226,15 +223,10 @@ def _placement(rng, size, scale, centre):
     return lambda outline: ((outline - 50) @ axes + centre * size).ravel().tolist()
 
 
-def _random_texture(rng, size):
-    """Return a texture of any pattern in any two of the colours."""
-    first, second = rng.choice(len(COLOURS), 2, replace=False)
-    return _texture(rng, size, (COLOURS[first], COLOURS[second]), rng.choice(list(PATTERNS)))
-
-
-def _texture(rng, size, colours, pattern):
-    """Return a picture of that size whose two colours are mixed by noise or by wavy stripes."""
-    cells, stripes, contrast = PATTERNS[pattern]
+def _texture(rng, size, colours=None, pattern=None):
+    """Return a picture of two colours, mixed by noise or wavy stripes: any, unless given."""
+    colours = colours or [COLOURS[i] for i in rng.choice(len(COLOURS), 2, replace=False)]
+    cells, stripes, contrast = PATTERNS[pattern or rng.choice(list(PATTERNS))]
     noise = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     wave = np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
     if stripes:

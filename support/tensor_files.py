@@ -1,7 +1,4 @@
-"""Write files of tensors, and read them without trusting them.
-
-Nothing else in this project opens a file that `torch.save` wrote.
-"""
+"""Write files of tensors, and read them without trusting them: nothing else here opens one."""
 
 import io
 import math
