@@ -126,8 +126,7 @@ def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Imag
 def check_header(image: Image.Image, rgb: bool, paired: bool) -> None:
     """Raise `ValueError` for what an image's header alone tells: see `open_image`."""
     if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height}"
-        raise ValueError(f"its {size} pixels are more than {MAX_PIXELS:,}")
+        raise ValueError(f"its {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     if rgb and image.mode.startswith(("I", "F")):  # Pillow would clip them to white, or to black
         raise ValueError(f"its mode {image.mode} has more than 8 bits a channel")
     turn = image.getexif().get(0x112, 1) if paired else 1  # from 5 on, width becomes height

@@ -49,10 +49,7 @@ def colorize(mask: Tensor, image: Tensor | None = None) -> np.ndarray:
 def plot_grid(
     columns: dict[str, list], row_titles: list[str], alt: str, width: float = 2.2
 ) -> plt.Figure:
-    """Plot columns of RGB pictures (H, W, 3) side by side, a row for each title, above a legend.
-
-    `width` is that of one picture, in inches.
-    """
+    """Plot columns of RGB pictures (H, W, 3), `width` inches each, with row titles and a legend."""
     rows = len(row_titles)
     height, width_in_pixels = next(iter(columns.values()))[0].shape[:2]
     size = (width * len(columns), width * rows * height / width_in_pixels + 0.6)
@@ -100,7 +97,7 @@ def plot_unet(steps: Sequence) -> plt.Figure:
     pixels = (3, int(steps[0].predicted[1]))
     image = steps[0]._replace(name="image", formula="N × N × 3", predicted=pixels, traced=pixels)
     drawn = [image, *(step for step in steps if not step.name.startswith(("pool", "upsample")))]
-    largest = np.sqrt([step.predicted for step in drawn]).max(axis=0)
+    largest = np.sqrt([step.predicted for step in drawn]).max(axis=0)  # channels, and side
     boxes = {step.name: draw_box(axes, step, depth, largest) for step in drawn}
     for before, after in pairwise(drawn):
         kind = ("next", "max pooling 2 × 2", "upsampling × 2")[np.sign(after.level - before.level)]
@@ -117,10 +114,7 @@ def plot_unet(steps: Sequence) -> plt.Figure:
 
 
 def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> plt.Rectangle:
-    """Draw and return a step's box with its formula and traced shape, dotted if not reached.
-
-    `largest` has the square roots of the most channels and the largest side.
-    """
+    """Draw and return a step's box with its formula and traced shape, dotted if not reached."""
     # The arms lean to the bottleneck.
     left, right, y = step.level, 2 * depth + 1.2 - step.level, -1.6 * step.level
     kind = step.name.rstrip("0123456789")

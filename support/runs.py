@@ -9,10 +9,10 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from support.checkpoints import load_tensors, save_tensors
 from support.machine import room_for
 from support.parameters import InputError
 from support.safe_files import git_name, own_folder, write_atomically, write_csv
-from support.tensor_files import load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,10 +42,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load what `save_weights` wrote into a model of the same build, whatever its names.
-
-    Errors: `InputError`.
-    """
+    """Load what `save_weights` wrote into a model with any names. Errors: `InputError`."""
     tensors = load_tensors(path)
     try:
         if tensors.keys() != model.state_dict().keys():

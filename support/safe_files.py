@@ -1,7 +1,4 @@
-"""Write files that survive a crash, and keep a folder to one process.
-
-Nothing else in this project writes a result. (Tensors have `tensor_files`: this needs no torch.)
-"""
+"""Write files that survive a crash, as all results here, and keep a folder to one process."""
 
 import atexit
 import csv
@@ -18,12 +15,13 @@ from filelock import FileLock, Timeout
 
 from support.parameters import InputError, reason
 
+PATIENCE = 10  # seconds that a lock waits for a process that may be about to end
+
 
 def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
     """Let `write` fill a buffer, then put it at `path`: readers see the old file or the new.
 
-    That holds after a loss of power, too. Errors: `InputError` if the disk refuses; the old file is
-    kept then.
+    So they do after a loss of power. Errors: `InputError` if the disk refuses: the old file stays.
     """
     buffer = io.BytesIO()  # so that only one line below can meet a full disk, whoever writes
     write(buffer)
@@ -67,9 +65,6 @@ def git_name(path: Path) -> str:
     """Return git's name of a file's content, which `git log --find-object=NAME` finds."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-PATIENCE = 10  # seconds that a lock waits for a process that may be about to end
 
 
 def lock(path: Path) -> None:

@@ -135,21 +135,12 @@ def _draw(folder, note, trainval, test, seed, side):
 
 
 def _save_pet(folder, seed, index, side):
-    """Save picture number `index` with its trimap, and return its line of the list."""
+    """Draw and save picture number `index` with its trimap, and return its line of the list."""
     class_id, number = index % len(BREEDS) + 1, index // len(BREEDS) + 1
-    breed = BREEDS[class_id - 1]
-    name, species, breed_id = f"{breed[0]}_{number}", *breed[1:3]
-    picture, trimap = _draw_pet(np.random.default_rng((seed, index)), breed, side)
-    picture.save(folder / "images" / f"{name}.jpg", quality=90)
-    trimap.save(folder / "annotations" / "trimaps" / f"{name}.png")
-    return f"{name} {class_id} {species} {breed_id}\n"
-
-
-def _draw_pet(rng, breed, side):
-    """Return one picture and its trimap."""
+    breed, species, breed_id, ear, tail, colours, pattern, muzzle = BREEDS[class_id - 1]
+    rng = np.random.default_rng((seed, index))
     width, height = side * rng.uniform(0.9, 1.1) * rng.permutation((1, rng.uniform(1, 1.35)))
     scene = _draw_room(rng, (int(width), int(height)))
-    _, species, _, ear, tail, colours, pattern, muzzle = breed
     *bands, head = POSES[rng.integers(len(POSES))]
     parts = [(_band(path, width or tail), tone) for *path, width, tone in bands]
     skull_and_ears, face = _head(species, ear, *head, look=rng.uniform(-0.25, 0.25))
@@ -159,7 +150,12 @@ def _draw_pet(rng, breed, side):
     pen = ImageDraw.Draw(scene)
     for outline, colour in face:
         pen.polygon(place(outline), fill=colour or muzzle)
-    return _light(rng, scene), _trimap(mask, border=round(side / 50))
+    # The border is where a box holds pet and background: its mean is neither 0 nor 255.
+    trimap = mask.filter(ImageFilter.BoxBlur(round(side / 50))).point([2, *[3] * 254, 1])
+    name = f"{breed}_{number}"
+    _light(rng, scene).save(folder / "images" / f"{name}.jpg", quality=90)
+    trimap.save(folder / "annotations" / "trimaps" / f"{name}.png")
+    return f"{name} {class_id} {species} {breed_id}\n"
 
 
 def _head(species, ear, x, y, r, look):
@@ -263,10 +259,3 @@ def _light(rng, picture):
     lamp = Image.fromarray(np.clip(lamp, 0, 255).astype(np.uint8))
     blurred = picture.filter(ImageFilter.BoxBlur(0.4))
     return ImageChops.multiply(blurred, Image.merge("RGB", [lamp] * 3))
-
-
-def _trimap(mask, border):
-    """Return 1 on the pet, 2 on the background and 3 within `border` pixels of their outline."""
-    # A box's mean is neither 0 nor 255 just where the box holds both, and much faster to compute
-    # than MaxFilter - MinFilter.
-    return mask.filter(ImageFilter.BoxBlur(border)).point([2, *[3] * 254, 1])
