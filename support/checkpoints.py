@@ -1,7 +1,4 @@
-"""Files of tensors, read without trusting them, and checkpoints, to go on after a stop.
-
-Nothing else in this project opens a file that `torch.save` wrote.
-"""
+"""Checkpoints, and files of tensors: nothing else here opens a file that `torch.save` wrote."""
 
 import io
 import math

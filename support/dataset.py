@@ -74,10 +74,7 @@ def read_names(path: Path) -> dict[str, int]:
 
 
 def read_listed(folder: Path, split: str, kinds: tuple[str, ...]) -> list[str]:
-    """Return the names of a dataset's split, 'trainval' or 'test', each with a file of every kind.
-
-    Errors: `InputError`, for a name that the other split has, too.
-    """
+    """Return the names of 'trainval' or 'test'. Errors: `InputError`, also if both have one."""
     other = "test" if split == "trainval" else "trainval"
     path, other = (folder / "annotations" / f"{name}.txt" for name in (split, other))
     names, others = (read_names(path) if path.is_file() else {} for path in (path, other))

@@ -84,12 +84,10 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
     train, valid, test = (int(images.get(split, 0)) for split in ("train", "valid", "test"))
     data = train * 4 * side + (valid + test) * (3 * side + score)
     data += (4 * train + 3 * valid) * max(recipe.small_sides, default=0) ** 2
-    # Each level keeps half as much as the one above: a geometric series.
-    kept = recipe.BASE_CHANNELS * (120 - 96 / 2**recipe.DEPTH) + 224
+    kept = recipe.BASE_CHANNELS * (120 - 96 / 2**recipe.DEPTH) + 224  # each level half as much
     training = recipe.BATCH_SIZE * kept * side
     scoring = 32 * (32 * recipe.BASE_CHANNELS * side + 80 * score)
-    looked_at = len(range(0, test, max(1, test // 400)))  # by the cells on errors and sureness
-    looking = 75 * score * looked_at
+    looking = 75 * score * len(range(0, test, max(1, test // 400)))  # at errors and sureness
     if pick_device(recipe.DEVICE).type != "cpu":
         training = scoring = 0  # a device's own memory is not forecast
     return int(1.2e9 + data + 70 * count_weights(recipe) + max(training, scoring, looking))

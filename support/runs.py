@@ -18,24 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def open_run(recipe: BaseModel) -> Path:
-    """Return the run's folder, runs/RUN_NAME, which is this process's alone until it ends.
-
-    Errors: `InputError` if another process writes there, or if the disk is too full for the run or
-    can't be written to.
-    """
+    """Return runs/RUN_NAME, this process's alone until it ends. Errors: as in `own_folder`."""
     folder = ROOT / "runs" / recipe.RUN_NAME
     own_folder(folder, room_for(recipe))
     return folder
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Write the model's weights in float16, which halves the file and changes hardly any label.
-
-    Whole numbers stay as they are, and so does what float16 can't hold: a BatchNorm's variance may
-    be above 65,504.
-    """
+    """Write the model's weights in float16, which halves the file and changes hardly any label."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():
+        # What float16 can't hold stays as it is: a BatchNorm's variance may be above 65,504.
         if tensor.is_floating_point() and tensor.half().isfinite().all():
             weights[name] = tensor.half()
     save_tensors(path, weights)

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from support.parameters import InputError, reason
 
-PATIENCE = 10  # seconds that a lock waits for a process that may be about to end
+PATIENCE = 10  # seconds that a lock waits: a process that was just stopped takes some to end
 
 
 def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
@@ -33,23 +33,18 @@ def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        sync_folder(path.parent)
+        with suppress(OSError):  # some systems let no program bring a folder to the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         what = "make room, or another place, for it"
         raise InputError(f"{path} cannot be written ({reason(error)}): {what}.") from None
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring to the disk what was renamed in a folder, where the system lets a program do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -68,11 +63,7 @@ def git_name(path: Path) -> str:
 
 
 def lock(path: Path) -> None:
-    """Lock a file until this process ends, however it ends.
-
-    A process that was just stopped takes some seconds to end, which are waited for. Errors:
-    filelock's `Timeout` if another one holds the lock.
-    """
+    """Lock a file until this process ends, however it ends. Errors: filelock's `Timeout`."""
     own = FileLock(path, is_singleton=True)  # one for all calls of a process
     try:
         own.acquire(timeout=0)

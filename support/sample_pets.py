@@ -79,12 +79,11 @@ def draw_sample_pets(
     Errors: `InputError` if a count is below 1, `side` is below 32, the folder exists and was not
     drawn here, or nothing can be written there.
     """
+    given = f"trainval={trainval}, test={test}, seed={seed}, side={side}"
     if min(trainval, test) < 1 or side < 32:
-        given = f"{trainval}, {test} and {side}"
         raise InputError(f"need trainval and test >= 1 and side >= 32, got {given}.")
     folder = Path(root) / "oxford-iiit-pet"
     code = zlib.crc32(Path(__file__).read_bytes())  # other code draws other pictures
-    given = f"trainval={trainval}, test={test}, seed={seed}, side={side}"
     note = f"{DRAWN_BY}{given}), code {code:08x}\n"
     try:
         if not _is_drawn(folder, note):
