@@ -25,6 +25,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 # Rooms below, which nobody has to read to learn about segmentation; what they offer is passed on.
+from shapes.doctor import first_fault
+from shapes.table import Planned, Step, compare
+from shapes.trace import Trace, sizes_of, trace_shapes
 from support.checkpoints import identify, resume, save_checkpoint, undone_if_stopped
 from support.dataset import check_pairs, find_dataset, open_image, open_pair, read_listed
 from support.machine import check_run, count_steps, memory_told, pick_device, usable_cpus
@@ -34,9 +37,7 @@ from support.pictures import COLORS, GREEN, RED, colorize, html_table, plot_grid
 from support.runs import ROOT, load_weights, open_run, read_run, save_weights, write_run
 from support.safe_files import write_atomically
 from support.sample_pets import draw_sample_pets
-from support.shapes import Planned, Step, compare, first_fault
 from support.speed import keep_freed_memory, pick_precision, precision_of, prepare
-from support.trace import Trace, sizes_of, trace_shapes
 
 # What notebooks, experiments and tests use: the module's own, and what rooms below it offer.
 # fmt: off

@@ -191,7 +191,7 @@ def codes(code: CodeType) -> list[int]:
 def files_of(folder: str) -> dict[str, tuple]:
     """Return the state of each of the grader's files in a staged folder."""
     paths = [f"{folder}/{name}" for name in ("conftest.py", "pyproject.toml")]
-    for name in ("tests", "grading", "support"):
+    for name in ("tests", "grading", "support", "shapes"):
         paths += [f"{folder}/{name}", *(entry.path for entry in scandir(f"{folder}/{name}"))]
     return {path: state(path) for path in paths}
 

@@ -23,7 +23,7 @@ assert Path(petseg_utils.__file__).parent == HERE, (
     f"another module is in the way: {petseg_utils.__file__}"
 )
 grader = importlib.import_module("grading.notebook")
-names_in_use = importlib.import_module("support.trace").names_in_use
+names_in_use = importlib.import_module("support.runs").names_in_use
 
 WEIGHTS = HERE / grader.WEIGHTS
 NOTES = os.open(HERE / "seen.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -82,7 +82,7 @@ def write_edition(folder: Path) -> None:
     kept = [path for path in folder.glob("*") if path.name != ".venv"]
     for path in kept:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    patterns = ("*.py", "support/*.py", "tests/test_rubric_*.py")
+    patterns = ("*.py", "support/*.py", "shapes/*.py", "tests/test_rubric_*.py")
     files = [path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern)]
     for name in (*OWN, *CHECK, *files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ from PIL import Image
 import petseg_utils as pets
 from grading import notebook as grader
 from grading.notebook import NBVAL_COMMENT, NOTEBOOK, PARAMETERS, PLACES, RUN, WEIGHTS
-from support.tensor_files import load_tensors
-from support.trace import names_in_use
+from support.checkpoints import load_tensors
+from support.runs import names_in_use
 
 RUN_FOLDER = Path(os.environ.get("GRADED_RUN", "."))  # empty while tests are only counted
 FOLDER = RUN_FOLDER / "runs" / RUN

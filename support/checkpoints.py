@@ -1,17 +1,57 @@
-"""Checkpoints: a training that was stopped, by whatever, goes on as if nothing had happened."""
+"""Checkpoints, and files of tensors: nothing else here opens a file that `torch.save` wrote."""
 
+import io
+import math
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel
 from torch import nn
 
 from support.parameters import InputError
+from support.safe_files import write_atomically
 from support.speed import precision_of
-from support.tensor_files import load_tensors, save_tensors
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """Write a file for `load_tensors`: a zip archive, in which every part has a checksum."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_tensors(path: Path) -> dict:
+    """Read what `torch.save` wrote, by its checksums, running no code. Errors: `InputError`."""
+    try:
+        data = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(data) as archive:
+            parts = archive.infolist()
+            size = sum(part.file_size for part in parts)  # more than there is in a bomb
+            marked = any(part.external_attr for part in parts)  # torch reads past these, too
+            if size > len(data.getbuffer()) or marked or archive.testzip():
+                raise ValueError("a wrong size, mark or checksum, which torch would read past")
+        data.seek(0)
+        content = torch.load(data, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not finite(content):
+            raise ValueError("no dictionary, or one with numbers that are none")
+        return content
+    except FileNotFoundError:
+        what = "name the folder of a run that has it"
+        raise InputError(f"there is no file {path}: {what}.") from None
+    except Exception:  # zipfile and torch have two dozen ways to fail on a damaged file
+        raise InputError(f"{path} is damaged, or not of this project: train again.") from None
+
+
+def finite(value: object) -> bool:
+    """Return whether no NaN and no infinity is in tensors, numbers and containers of them."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(finite, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, torch.Tensor):
+        return bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def identify(model: nn.Module, train_pets: tuple, valid_pets: tuple, recipe: BaseModel) -> dict:
@@ -35,14 +75,18 @@ def resume(path: Path, parts: dict, identity: dict, go_on: bool) -> list[dict]:
     """Bring `parts` of a training to the state that a checkpoint keeps, and return its history.
 
     Unless it should `go_on`, the checkpoint is set aside. Errors: `InputError` if it is damaged,
-    or of another training.
+    or, naming all that differs, of another training.
     """
     if not go_on:
         set_aside(path)
         return []
     saved = load_tensors(path)
     try:
-        check_identity(path, saved["recipe"], identity)
+        theirs = saved["recipe"]
+        if other := [key for key in identity if theirs.get(key) != identity[key]]:
+            told = "; ".join(f"{key} {theirs.get(key)}, not {identity[key]}" for key in other)
+            what = f"{path} is of another run, with {told}"
+            raise InputError(f"{what}: set RESUME to False, or these.")
         rows = [{key: float(value) for key, value in row.items()} for row in saved["history"]]
         epochs = [row["epoch"] for row in rows]
         if epochs != list(range(1, len(epochs) + 1)):
@@ -59,15 +103,6 @@ def resume(path: Path, parts: dict, identity: dict, go_on: bool) -> list[dict]:
         raise
     except Exception:  # in somebody else's file, anything may be missing or of a wrong type
         raise InputError(f"{path} is no checkpoint of this net: set RESUME to False.") from None
-
-
-def check_identity(path: Path, theirs: dict, own: dict) -> None:
-    """Raise `InputError`, naming all that differs, unless the training was of the same."""
-    other = [key for key in own if theirs.get(key) != own[key]]
-    if other:
-        told = "; ".join(f"{key} {theirs.get(key)}, not {own[key]}" for key in other)
-        what = f"{path} is of another run, with {told}"
-        raise InputError(f"{what}: set RESUME to False, or these.")
 
 
 def set_aside(checkpoint: Path) -> None:

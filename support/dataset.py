@@ -1,7 +1,4 @@
-"""Find a dataset, read its lists of names, and open images with their trimaps, whatever is wrong.
-
-Nothing here is about U-Nets.
-"""
+"""Find a dataset, read its lists of names, open images with their trimaps, whatever is wrong."""
 
 import os
 import re
@@ -22,10 +19,7 @@ register_heif_opener()  # what iPhones write
 
 
 def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
-    """Return the folder `data_dir`/oxford-iiit-pet, after downloading it if asked (800 MB).
-
-    Errors: `InputError`.
-    """
+    """Return `data_dir`/oxford-iiit-pet, downloaded if asked (800 MB). Errors: `InputError`."""
     folder = ROOT / Path(data_dir).expanduser() / "oxford-iiit-pet"
     if download:
         try:
@@ -80,10 +74,7 @@ def read_names(path: Path) -> dict[str, int]:
 
 
 def read_listed(folder: Path, split: str, kinds: tuple[str, ...]) -> list[str]:
-    """Return the names of a dataset's split, 'trainval' or 'test', each with a file of every kind.
-
-    Errors: `InputError`, for a name that the other split has, too.
-    """
+    """Return the names of 'trainval' or 'test'. Errors: `InputError`, also if both have one."""
     other = "test" if split == "trainval" else "trainval"
     path, other = (folder / "annotations" / f"{name}.txt" for name in (split, other))
     names, others = (read_names(path) if path.is_file() else {} for path in (path, other))
@@ -132,8 +123,7 @@ def open_image(path: str | Path, rgb: bool = True, paired: bool = False) -> Imag
 def check_header(image: Image.Image, rgb: bool, paired: bool) -> None:
     """Raise `ValueError` for what an image's header alone tells: see `open_image`."""
     if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height}"
-        raise ValueError(f"its {size} pixels are more than {MAX_PIXELS:,}")
+        raise ValueError(f"its {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
     if rgb and image.mode.startswith(("I", "F")):  # Pillow would clip them to white, or to black
         raise ValueError(f"its mode {image.mode} has more than 8 bits a channel")
     turn = image.getexif().get(0x112, 1) if paired else 1  # from 5 on, width becomes height

@@ -24,12 +24,8 @@ def pick_device(name: str = "auto") -> torch.device:
     On the CPU, torch gets no more threads than may run at once: it knows OMP_NUM_THREADS, but not
     the quota of a container. Errors: `InputError`.
     """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    usable = [kind for kind in there if there[kind]]
+    kinds = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    usable = [kind for kind, backend in kinds.items() if backend.is_available()]
     if name not in ("auto", *usable):
         names = " or ".join(map(repr, usable))
         raise InputError(f"this machine has no device {name!r}: set DEVICE to {names}.")
@@ -44,10 +40,8 @@ def own_limits(controller: str, *versions: list[str]) -> Iterator[tuple[Path, li
     Version 2 has one tree of groups, version 1 one for each controller ("cpu", "memory"). A
     container may see its own group at the root of the tree, and its name on the host here.
     """
-    lines = []
-    with suppress(OSError):  # of another system
-        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
-    for line in lines:
+    told = OWN_CGROUPS.read_text(encoding="utf-8") if OWN_CGROUPS.exists() else ""
+    for line in told.splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -71,26 +65,13 @@ def usable_cpus() -> int:
     return usable
 
 
-def layers(recipe: BaseModel) -> Iterator[tuple[int, int, int]]:
-    """Yield level, input and output channels of every `conv_plus_conv` of a recipe's U-Net."""
-    b, depth = recipe.BASE_CHANNELS, recipe.DEPTH
-    for level in range(depth):
-        yield level, b * 2 ** (level - 1) if level else 3, b * 2**level
-    yield depth, b * 2 ** (depth - 1), b * 2 ** (depth - 1)
-    for level in reversed(range(depth)):
-        yield level, 2 * b * 2**level, b * 2 ** max(level - 1, 0)
-
-
 def count_weights(recipe: BaseModel) -> int:
-    """Return about how many weights a recipe's U-Net has: those of its 3 x 3 convolutions."""
-    return sum(9 * (coming * out + out * out) for _, coming, out in layers(recipe))
+    """Return about how many weights a recipe's U-Net has: the sum over its 3 x 3 convolutions."""
+    return int(12.75 * (recipe.BASE_CHANNELS * 2**recipe.DEPTH) ** 2)
 
 
 def room_for(recipe: BaseModel) -> int:
-    """Return how many bytes a run needs on the disk.
-
-    That is for three checkpoints (one is being written), weights and figures.
-    """
+    """Return a run's bytes on the disk: 3 checkpoints (one is being written), weights, figures."""
     return 3 * 16 * count_weights(recipe) + 2 * 2 * count_weights(recipe) + 30_000_000
 
 
@@ -100,15 +81,13 @@ def forecast(recipe: BaseModel, images: dict[str, int]) -> int:
     The factors are measured, in bytes; `make faults` compares the sum with what runs really took.
     """
     side, score = recipe.IMAGE_SIZE**2, (recipe.SCORE_SIZE or recipe.IMAGE_SIZE) ** 2  # pixels
-    train, scored = images.get("train", 0), images.get("valid", 0) + images.get("test", 0)
-    data = train * 4 * side + scored * (3 * side + score)
-    data += (4 * train + 3 * images.get("valid", 0)) * max(recipe.small_sides, default=0) ** 2
-    tensors = sum(side / 4**level * (2 * coming + 6 * out) for level, coming, out in layers(recipe))
-    training = recipe.BATCH_SIZE * (4 * tensors + 200 * side)
+    train, valid, test = (int(images.get(split, 0)) for split in ("train", "valid", "test"))
+    data = train * 4 * side + (valid + test) * (3 * side + score)
+    data += (4 * train + 3 * valid) * max(recipe.small_sides, default=0) ** 2
+    kept = recipe.BASE_CHANNELS * (120 - 96 / 2**recipe.DEPTH) + 224  # each level half as much
+    training = recipe.BATCH_SIZE * kept * side
     scoring = 32 * (32 * recipe.BASE_CHANNELS * side + 80 * score)
-    tests = int(images.get("test", 0))
-    looked_at = len(range(0, tests, max(1, tests // 400)))  # by the cells on errors and sureness
-    looking = 75 * score * looked_at
+    looking = 75 * score * len(range(0, test, max(1, test // 400)))  # at errors and sureness
     if pick_device(recipe.DEVICE).type != "cpu":
         training = scoring = 0  # a device's own memory is not forecast
     return int(1.2e9 + data + 70 * count_weights(recipe) + max(training, scoring, looking))
@@ -167,9 +146,8 @@ def check_run(recipe: BaseModel, **names: list[str]) -> None:
     for split, images in names.items():
         if not images:
             breeds = "validation needs breeds that have two images in trainval.txt"
-            raise InputError(
-                f"there are no {split} images: {breeds if split == 'valid' else 'add some'}."
-            )
+            what = breeds if split == "valid" else "add some"
+            raise InputError(f"there are no {split} images: {what}.")
     count_steps(len(names["train"]), recipe.BATCH_SIZE)
     check_memory(recipe, {split: len(images) for split, images in names.items()})
 

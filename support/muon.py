@@ -1,6 +1,6 @@
 """The optimiser Muon, for parameters of any shape and in any precision."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -76,11 +76,9 @@ def orthogonalize(matrix: Tensor, precision: torch.dtype = torch.float32) -> Ten
     return times(factor / (size * bound).sqrt(), matrix, precision)
 
 
-def factors(
-    gram: Tensor, square: Tensor, precision: torch.dtype, coefficients: Sequence = COEFFICIENTS
-) -> Tensor:
+def factors(gram: Tensor, square: Tensor, precision: torch.dtype, steps=COEFFICIENTS) -> Tensor:
     """Return the product of all iterations' factors a I + b X X' + c (X X')^2."""
-    (a, b, c), *others = coefficients
+    (a, b, c), *others = steps
     factor = b * gram + c * square
     factor.diagonal().add_(a)
     if not others:

@@ -50,8 +50,7 @@ def read_sides(parameter: str, text: str) -> list[int]:
     """Return the sides that "2 at 64, 3 at 128" names, 64 twice and 128 three times."""
     part = r"([1-9]\d{0,2}) at ([1-9]\d{0,3})"
     if not re.fullmatch(f"({part}(, {part})*)?", text):
-        wanted = 'like "2 at 64, 3 at 128"'
-        raise InputError(f"{parameter} should be {wanted}, not {brief(text)}.")
+        raise InputError(f'{parameter} should be like "2 at 64, 3 at 128", not {brief(text)}.')
     return [int(side) for count, side in re.findall(part, text) for _ in range(int(count))]
 
 

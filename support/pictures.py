@@ -10,6 +10,7 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
@@ -46,25 +47,18 @@ def colorize(mask: Tensor, image: Tensor | None = None) -> np.ndarray:
     return colored if image is None else (image.permute(1, 2, 0).numpy() / 255 + colored) / 2
 
 
-def plot_grid(
-    columns: dict[str, list], row_titles: list[str], alt: str, width: float = 2.2
-) -> plt.Figure:
-    """Plot columns of RGB pictures (H, W, 3) side by side, a row for each title, above a legend.
-
-    `width` is that of one picture, in inches.
-    """
-    rows = len(row_titles)
+def plot_grid(columns: dict[str, list], rows: list[str], alt: str, width: float = 2.2) -> Figure:
+    """Plot columns of RGB pictures (H, W, 3), `width` inches each, by title, with a legend."""
     height, width_in_pixels = next(iter(columns.values()))[0].shape[:2]
-    size = (width * len(columns), width * rows * height / width_in_pixels + 0.6)
-    figure, axes = plt.subplots(
-        rows, len(columns), figsize=size, squeeze=False, layout="constrained", label=alt
-    )
+    size = (width * len(columns), width * len(rows) * height / width_in_pixels + 0.6)
+    figure = plt.figure(figsize=size, layout="constrained", label=alt)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for j, (title, pictures) in enumerate(columns.items()):
         axes[0, j].set_title(title, fontsize=10)
         for i, picture in enumerate(pictures):
             axes[i, j].imshow(picture)
             axes[i, j].set(xticks=[], yticks=[])
-    for i, title in enumerate(row_titles):
+    for i, title in enumerate(rows):
         axes[i, 0].set_ylabel(title, fontsize=9)
     patches = [Patch(color=color, label=name) for name, color in COLORS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(COLORS), frameon=False)
@@ -81,7 +75,7 @@ def html_table(rows: list[dict]) -> str:
     return f'<div style="overflow-x:auto"><table>{body}</table></div>'
 
 
-def plot_unet(steps: Sequence) -> plt.Figure:
+def plot_unet(steps: Sequence) -> Figure:
     """Draw the U from the steps of `analyse_shapes`, in a loop over those that follow one another.
 
     A box's height grows with the side and its width with the channels (square roots, so that small
@@ -95,13 +89,12 @@ def plot_unet(steps: Sequence) -> plt.Figure:
         f"{depth} levels up on the right, and an arrow across each level for its skip. "
         "Every box is labelled with its formula and its shape."
     )
-    figure, axes = plt.subplots(
-        figsize=(3.5 + 1.7 * depth, 2.2 + 0.9 * depth), layout="constrained", label=alt
-    )
+    size = (3.5 + 1.7 * depth, 2.2 + 0.9 * depth)
+    figure, axes = plt.subplots(figsize=size, layout="constrained", label=alt)
     pixels = (3, int(steps[0].predicted[1]))
     image = steps[0]._replace(name="image", formula="N × N × 3", predicted=pixels, traced=pixels)
     drawn = [image, *(step for step in steps if not step.name.startswith(("pool", "upsample")))]
-    largest = np.sqrt([step.predicted for step in drawn]).max(axis=0)
+    largest = np.sqrt([step.predicted for step in drawn]).max(axis=0)  # channels, and side
     boxes = {step.name: draw_box(axes, step, depth, largest) for step in drawn}
     for before, after in pairwise(drawn):
         kind = ("next", "max pooling 2 × 2", "upsampling × 2")[np.sign(after.level - before.level)]
@@ -118,10 +111,7 @@ def plot_unet(steps: Sequence) -> plt.Figure:
 
 
 def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> plt.Rectangle:
-    """Draw and return a step's box with its formula and traced shape, dotted if not reached.
-
-    `largest` has the square roots of the most channels and the largest side.
-    """
+    """Draw and return a step's box with its formula and traced shape, dotted if not reached."""
     # The arms lean to the bottleneck.
     left, right, y = step.level, 2 * depth + 1.2 - step.level, -1.6 * step.level
     kind = step.name.rstrip("0123456789")
@@ -133,13 +123,11 @@ def draw_box(axes: plt.Axes, step: tuple, depth: int, largest: np.ndarray) -> pl
         "up": (right + 0.9, 0, -1),
         "out": (right + 1.9, 0, 1),
     }[kind]
-    # Half its width and half its height.
-    w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)
+    w, h = np.sqrt(step.traced or step.predicted) / largest * (0.35, 0.5)  # half of each
     text = f"{step.name}\n{step.formula}\n{step.row['traced']}".replace(" × ", "×")
     ha, va = ("center", "left", "right")[dx], ("center", "bottom", "top")[dy]
-    axes.text(
-        x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx), text, ha=ha, va=va, fontsize=9.5
-    )
+    at = x + dx * (w + 0.08), y + dy * (h + 0.06) - 0.2 * abs(dx)
+    axes.text(*at, text, ha=ha, va=va, fontsize=9.5)
     color, line = (BOXES[kind][0], "-") if step.traced else ("none", ":")
     box = plt.Rectangle((x - w, y - h), 2 * w, 2 * h, ec="black", fc=color, linestyle=line)
     return axes.add_patch(box)

@@ -1,7 +1,4 @@
-"""Write files that survive a crash, and keep a folder to one process.
-
-Nothing else in this project writes a result. (Tensors have `tensor_files`: this needs no torch.)
-"""
+"""Write files that survive a crash, as all results here, and keep a folder to one process."""
 
 import atexit
 import csv
@@ -18,12 +15,13 @@ from filelock import FileLock, Timeout
 
 from support.parameters import InputError, reason
 
+PATIENCE = 10  # seconds that a lock waits: a process that was just stopped takes some to end
+
 
 def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
     """Let `write` fill a buffer, then put it at `path`: readers see the old file or the new.
 
-    That holds after a loss of power, too. Errors: `InputError` if the disk refuses; the old file is
-    kept then.
+    So they do after a loss of power. Errors: `InputError` if the disk refuses: the old file stays.
     """
     buffer = io.BytesIO()  # so that only one line below can meet a full disk, whoever writes
     write(buffer)
@@ -35,23 +33,18 @@ def write_atomically(path: Path, write: Callable[[io.BytesIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        sync_folder(path.parent)
+        with suppress(OSError):  # some systems let no program bring a folder to the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         what = "make room, or another place, for it"
         raise InputError(f"{path} cannot be written ({reason(error)}): {what}.") from None
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring to the disk what was renamed in a folder, where the system lets a program do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -69,15 +62,8 @@ def git_name(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-PATIENCE = 10  # seconds that a lock waits for a process that may be about to end
-
-
 def lock(path: Path) -> None:
-    """Lock a file until this process ends, however it ends.
-
-    A process that was just stopped takes some seconds to end, which are waited for. Errors:
-    filelock's `Timeout` if another one holds the lock.
-    """
+    """Lock a file until this process ends, however it ends. Errors: filelock's `Timeout`."""
     own = FileLock(path, is_singleton=True)  # one for all calls of a process
     try:
         own.acquire(timeout=0)

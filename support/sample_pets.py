@@ -45,21 +45,18 @@ FACES = {  # ovals by species: x, y, x radius, y radius, colour (None: the muzzl
 # Poses are bands in hundredths of a box: start x y, bend x y, end x y, width, brightness. First
 # comes the tail, whose width is the breed's; last the head: x, y and radius.
 POSES = (
-    # standing, side on
-    ((16, 50, -12, 50, -2, 10, 0, 190), (26, 55, 28, 75, 26, 97, 12, 150),
+    ((16, 50, -12, 50, -2, 10, 0, 190), (26, 55, 28, 75, 26, 97, 12, 150),  # standing, side on
      (66, 55, 70, 75, 69, 97, 12, 150), (8, 56, 40, 50, 75, 53, 36, 215),
      (17, 50, 14, 75, 17, 100, 15, 235), (58, 50, 58, 75, 59, 100, 14, 235),
      (60, 58, 72, 50, 80, 25, 26, 225), (80, 27, 22)),
-    # sitting, facing us
-    ((60, 92, 115, 99, 95, 55, 0, 170), (50, 30, 50, 60, 50, 99, 50, 205),
+    ((60, 92, 115, 99, 95, 55, 0, 170), (50, 30, 50, 60, 50, 99, 50, 205),  # sitting, facing us
      (22, 85, 30, 84, 42, 98, 26, 225), (78, 85, 70, 84, 58, 98, 26, 225),
      (41, 58, 43, 80, 41, 99, 15, 240), (59, 58, 57, 80, 59, 99, 15, 240), (50, 28, 25)),
-    # lying
-    ((10, 75, -15, 95, 25, 97, 0, 190), (2, 74, 40, 55, 85, 72, 42, 210),
+    ((10, 75, -15, 95, 25, 97, 0, 190), (2, 74, 40, 55, 85, 72, 42, 210),  # lying
      (8, 85, 20, 70, 42, 92, 20, 235), (60, 80, 70, 95, 99, 88, 13, 200),
      (50, 80, 60, 98, 90, 96, 14, 240), (76, 45, 24)),
-    # a portrait
-    ((90, 99, 120, 99, 110, 60, 0, 180), (50, 40, 50, 99, 50, 260, 78, 210), (50, 42, 40)),
+    ((90, 99, 120, 99, 110, 60, 0, 180), (50, 40, 50, 99, 50, 260, 78, 210),  # a portrait
+     (50, 42, 40)),
 )  # fmt: skip
 LIST_HEADER = """#Image CLASS-ID SPECIES BREED ID
 #ID: 1:6 Class ids
@@ -82,12 +79,11 @@ def draw_sample_pets(
     Errors: `InputError` if a count is below 1, `side` is below 32, the folder exists and was not
     drawn here, or nothing can be written there.
     """
+    given = f"trainval={trainval}, test={test}, seed={seed}, side={side}"
     if min(trainval, test) < 1 or side < 32:
-        given = f"{trainval}, {test} and {side}"
         raise InputError(f"need trainval and test >= 1 and side >= 32, got {given}.")
     folder = Path(root) / "oxford-iiit-pet"
     code = zlib.crc32(Path(__file__).read_bytes())  # other code draws other pictures
-    given = f"trainval={trainval}, test={test}, seed={seed}, side={side}"
     note = f"{DRAWN_BY}{given}), code {code:08x}\n"
     try:
         if not _is_drawn(folder, note):
@@ -138,21 +134,12 @@ def _draw(folder, note, trainval, test, seed, side):
 
 
 def _save_pet(folder, seed, index, side):
-    """Save picture number `index` with its trimap, and return its line of the list."""
+    """Draw and save picture number `index` with its trimap, and return its line of the list."""
     class_id, number = index % len(BREEDS) + 1, index // len(BREEDS) + 1
-    breed = BREEDS[class_id - 1]
-    name, species, breed_id = f"{breed[0]}_{number}", *breed[1:3]
-    picture, trimap = _draw_pet(np.random.default_rng((seed, index)), breed, side)
-    picture.save(folder / "images" / f"{name}.jpg", quality=90)
-    trimap.save(folder / "annotations" / "trimaps" / f"{name}.png")
-    return f"{name} {class_id} {species} {breed_id}\n"
-
-
-def _draw_pet(rng, breed, side):
-    """Return one picture and its trimap."""
+    breed, species, breed_id, ear, tail, colours, pattern, muzzle = BREEDS[class_id - 1]
+    rng = np.random.default_rng((seed, index))
     width, height = side * rng.uniform(0.9, 1.1) * rng.permutation((1, rng.uniform(1, 1.35)))
     scene = _draw_room(rng, (int(width), int(height)))
-    _, species, _, ear, tail, colours, pattern, muzzle = breed
     *bands, head = POSES[rng.integers(len(POSES))]
     parts = [(_band(path, width or tail), tone) for *path, width, tone in bands]
     skull_and_ears, face = _head(species, ear, *head, look=rng.uniform(-0.25, 0.25))
@@ -162,7 +149,12 @@ def _draw_pet(rng, breed, side):
     pen = ImageDraw.Draw(scene)
     for outline, colour in face:
         pen.polygon(place(outline), fill=colour or muzzle)
-    return _light(rng, scene), _trimap(mask, border=round(side / 50))
+    # The border is where a box holds pet and background: its mean is neither 0 nor 255.
+    trimap = mask.filter(ImageFilter.BoxBlur(round(side / 50))).point([2, *[3] * 254, 1])
+    name = f"{breed}_{number}"
+    _light(rng, scene).save(folder / "images" / f"{name}.jpg", quality=90)
+    trimap.save(folder / "annotations" / "trimaps" / f"{name}.png")
+    return f"{name} {class_id} {species} {breed_id}\n"
 
 
 def _head(species, ear, x, y, r, look):
@@ -181,7 +173,7 @@ def _head(species, ear, x, y, r, look):
 
 def _draw_room(rng, size):
     """Return a wall or hedge above a floor or lawn, with things that stand about."""
-    scene, floor = _random_texture(rng, size), _random_texture(rng, size)
+    scene, floor = _texture(rng, size), _texture(rng, size)
     horizon = int(size[1] * rng.uniform(0.3, 0.8))
     scene.paste(floor.crop((0, horizon, *size)), (0, horizon))
     things = (
@@ -196,7 +188,7 @@ def _draw_room(rng, size):
         for kind in rng.integers(len(things), size=count):
             place = _placement(rng, size, rng.uniform(0.2, 0.5), rng.uniform(0, 1, 2))
             parts += [(place(outline), 230) for outline in things[kind]]
-        _paint(scene, parts, _random_texture(rng, size))
+        _paint(scene, parts, _texture(rng, size))
     return scene
 
 
@@ -226,15 +218,10 @@ def _placement(rng, size, scale, centre):
     return lambda outline: ((outline - 50) @ axes + centre * size).ravel().tolist()
 
 
-def _random_texture(rng, size):
-    """Return a texture of any pattern in any two of the colours."""
-    first, second = rng.choice(len(COLOURS), 2, replace=False)
-    return _texture(rng, size, (COLOURS[first], COLOURS[second]), rng.choice(list(PATTERNS)))
-
-
-def _texture(rng, size, colours, pattern):
-    """Return a picture of that size whose two colours are mixed by noise or by wavy stripes."""
-    cells, stripes, contrast = PATTERNS[pattern]
+def _texture(rng, size, colours=None, pattern=None):
+    """Return a picture of two colours, mixed by noise or wavy stripes: any, unless given."""
+    colours = colours or [COLOURS[i] for i in rng.choice(len(COLOURS), 2, replace=False)]
+    cells, stripes, contrast = PATTERNS[pattern or rng.choice(list(PATTERNS))]
     noise = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     wave = np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
     if stripes:
@@ -271,10 +258,3 @@ def _light(rng, picture):
     lamp = Image.fromarray(np.clip(lamp, 0, 255).astype(np.uint8))
     blurred = picture.filter(ImageFilter.BoxBlur(0.4))
     return ImageChops.multiply(blurred, Image.merge("RGB", [lamp] * 3))
-
-
-def _trimap(mask, border):
-    """Return 1 on the pet, 2 on the background and 3 within `border` pixels of their outline."""
-    # A box's mean is neither 0 nor 255 just where the box holds both, and much faster to compute
-    # than MaxFilter - MinFilter.
-    return mask.filter(ImageFilter.BoxBlur(border)).point([2, *[3] * 254, 1])

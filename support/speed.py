@@ -9,10 +9,7 @@ from torch import nn
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in; 'auto' takes bfloat16 where hardware multiplies it.
-
-    Emulated it is slow.
-    """
+    """Return the dtype to compute in; 'auto' takes bfloat16 unless that is emulated, and slow."""
     if name != "auto":
         return getattr(torch, name)
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}

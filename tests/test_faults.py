@@ -41,8 +41,8 @@ from conftest import alike, at_step, same_weights
 from experiments import run_notebook, sweep
 from experiments.read_runs import find_runs
 from petseg_utils import InputError, Recipe, UNet, draw_sample_pets, train
-from support import machine, safe_files, tensor_files
-from support.tensor_files import load_tensors, save_tensors
+from support import machine, safe_files
+from support.checkpoints import finite, load_tensors, save_tensors
 
 LONG = os.environ.get("PETSEG_FAULTS") == "long"
 KILLS, FLIPS, EXAMPLES = (30, 2000, 400) if LONG else (2, 200, 20)
@@ -1034,7 +1034,7 @@ def test_any_combination_trains_or_is_refused(intact, values):
         held_out = some(3, score)
         history = train(model, some(8, side), held_out, recipe)
         assert len(history) == recipe.EPOCHS
-        assert tensor_files.finite(history)
+        assert finite(history)
         assert pets.evaluate(model, held_out, torch.float32, flip=recipe.FLIP).sum() == 3 * score**2
         note()
     except InputError as error:

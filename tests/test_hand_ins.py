@@ -21,7 +21,7 @@ import petseg_utils as pets
 from grading import notebook as grader
 from grading import test_notebook as criteria
 from grading.mutants import MODULE_HARMLESS, OUTPUT_FAULTS
-from support.trace import names_in_use
+from support.runs import names_in_use
 
 NOTEBOOK = "notebooks/pet_segmentation.ipynb"
 SOURCES = [

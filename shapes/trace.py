@@ -29,9 +29,9 @@ class Operation(NamedTuple):
     takes: int = 0  # channels that a convolution's weights are made for
     kernel: int = 0
     stride: int = 1
-    dim: int = 1  # that a concatenation joins on
     parameters: int = 0
     flops: int = 0  # of a convolution, 2 per multiply-add
+    dim: int = 1  # that a concatenation joins on
 
 
 class Trace(NamedTuple):
@@ -56,39 +56,27 @@ class Tracer(TorchDispatchMode):
             result = function(*args, **(kwargs or {}))
         finally:
             inputs = args[0] if kind == "concatenation" else args[:1]
-            # A classifier's last layers have no side.
-            if kind and all(x.ndim == 4 for x in inputs):
+            if kind and all(x.ndim == 4 for x in inputs):  # a classifier's last layers have no side
                 output = result[0] if isinstance(result, tuple) else result
-                gives = None if output is None else shape_of(output)
-                self.seen.append(describe(kind, args, [shape_of(x) for x in inputs], gives))
+                self.seen.append(describe(kind, args, inputs, output))
         return result
 
 
-def shape_of(x: Tensor) -> tuple[int, int]:
-    """Return channels and side of a batch of square images."""
-    return x.shape[1], x.shape[3]
-
-
-def describe(
-    kind: str, args: tuple, given: list[tuple[int, int]], gives: tuple[int, int] | None
-) -> Operation:
+def describe(kind: str, args: tuple, inputs: list[Tensor], output: Tensor | None) -> Operation:
     """Describe an operation by the arguments that PyTorch gives it."""
+    given = [tuple(x.shape[1::2]) for x in inputs]
+    gives = None if output is None else tuple(output.shape[1::2])
     if kind == "concatenation":
         return Operation(kind, given, gives, dim=args[1] % 4 if args[1:] else 0)
     if kind != "convolution":
         return Operation(kind, given, gives)
     _, weight, bias, stride, _padding, _dilation, transposed, _more, groups = args
     side = given[0][1] if transposed else gives[1] if gives else 0
-    return Operation(
-        "transposed convolution" if transposed else kind,
-        given,
-        gives,
-        takes=weight.shape[0] if transposed else weight.shape[1] * groups,
-        kernel=weight.shape[3],
-        stride=stride[0],
-        parameters=weight.numel() + (0 if bias is None else bias.numel()),
-        flops=2 * weight.numel() * side**2,
-    )
+    kind = "transposed convolution" if transposed else kind
+    takes = weight.shape[0] if transposed else weight.shape[1] * groups
+    parameters = weight.numel() + (0 if bias is None else bias.numel())
+    flops = 2 * weight.numel() * side**2
+    return Operation(kind, given, gives, takes, weight.shape[3], stride[0], parameters, flops)
 
 
 def trace_shapes(model: nn.Module, side: int) -> Trace:
@@ -115,19 +103,3 @@ def sizes_of(model: nn.Module, traced: Trace) -> dict[str, int]:
         depth = round((len(convolutions) - 3) / 4)
     looks = {"base_channels": [*convolutions, 1][0], "depth": max(depth, 1), "num_classes": 3}
     return {name: getattr(model, name, size) for name, size in looks.items()}
-
-
-def names_in_use(model: nn.Module) -> list[str]:
-    """Return the names of a net's tensors, as in its state_dict, in the order of their use."""
-    model = deepcopy(model).to("meta").eval()
-    names: list[str] = []
-
-    def note_all(part: nn.Module, prefix: str) -> None:
-        own = [f"{prefix}.{name}" for name in part.state_dict() if "." not in name]
-        part.register_forward_pre_hook(lambda *_: names.extend(own))
-
-    for prefix, part in model.named_modules():
-        note_all(part, prefix)
-    with torch.no_grad():
-        model(torch.empty(1, 3, 256, 256, device="meta"))
-    return list(dict.fromkeys(names))
