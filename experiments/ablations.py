@@ -16,7 +16,7 @@ import pandas as pd
 import petseg_utils as pets
 from experiments import sweep
 from experiments.command import as_script
-from experiments.compare import estimate, pixel_accuracy
+from experiments.compare import estimate
 from experiments.read_runs import Run, find_runs, to_table, write_table
 from experiments.tables import cut, markdown
 
@@ -47,7 +47,7 @@ def write_results(runs: list[Run], grid: str, path: Path) -> None:
     for place, run in enumerate(runs):
         base = bases.get(run.seed, run)
         if base is not run:
-            gain = estimate(pixel_accuracy, [run.counts["test"]], [base.counts["test"]])
+            gain = estimate("pixel_accuracy", [run.counts["test"]], [base.counts["test"]])
             table.loc[place, ["gain_low", "gain_high"]] = [100 * gain.low, 100 * gain.high]
     write_table(path, table.round({"gain_low": 2, "gain_high": 2}))
 

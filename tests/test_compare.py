@@ -76,8 +76,8 @@ def test_scores_from_counts_are_those_of_the_module(counts):
     whole = pets.scores(torch.tensor(counts).view(3, 3))
     border = whole["iou"]["border"]
     expected = (whole["pixel_accuracy"], whole["mean_iou"], np.nan if border is None else border)
-    scores = (compare.pixel_accuracy, compare.mean_iou, compare.border_iou)
-    found = tuple(score(counts) for score in scores)
+    scores = ("pixel_accuracy", "mean_iou", "iou.border")
+    found = tuple(compare.score_of(counts, score) for score in scores)
     assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
@@ -86,14 +86,14 @@ def test_the_interval_is_that_of_an_independent_bootstrap():
     rows = np.array(list(counts.values()))
 
     def mean_iou(chosen: np.ndarray, axis: int) -> np.ndarray:
-        return compare.mean_iou(rows[chosen].sum(axis - 1))
+        return compare.score_of(rows[chosen].sum(axis - 1), "mean_iou")
 
     how = {"vectorized": True, "n_resamples": 4000, "method": "percentile"}
     images = (np.arange(len(rows)),)
     other = stats.bootstrap(images, mean_iou, **how, rng=np.random.default_rng(5))
-    own = compare.estimate(compare.mean_iou, [counts])
-    assert own == compare.estimate(compare.mean_iou, [counts])  # the same each time
-    assert own.value == pytest.approx(float(compare.mean_iou(rows.sum(0))))
+    own = compare.estimate("mean_iou", [counts])
+    assert own == compare.estimate("mean_iou", [counts])  # the same each time
+    assert own.value == pytest.approx(float(compare.score_of(rows.sum(0), "mean_iou")))
     assert own[1:] == pytest.approx(other.confidence_interval, abs=0.1 * (own.high - own.low))
 
 
@@ -104,25 +104,25 @@ def test_pairing_makes_the_interval_of_a_difference_narrow():
     for i, right in enumerate(random.integers(20, 90, 50)):
         for counts, extra in ((base, 0), (better, 5)):
             counts[f"pug_{i}"] = np.array([right + extra, 100 - right - extra, 0, 0, 0, 0, 0, 0, 0])
-    paired = compare.estimate(compare.pixel_accuracy, [better], [base])
-    alone = compare.estimate(compare.pixel_accuracy, [better])
+    paired = compare.estimate("pixel_accuracy", [better], [base])
+    alone = compare.estimate("pixel_accuracy", [better])
     assert paired.value == pytest.approx(0.05)
     assert paired.high - paired.low < 1e-9 < alone.high - alone.low
     assert paired.verdict == "yes"
-    assert compare.estimate(compare.pixel_accuracy, [base], [better]).verdict == "no, it harms"
-    assert compare.estimate(compare.pixel_accuracy, [base], [base]).verdict == "can't be told"
+    assert compare.estimate("pixel_accuracy", [base], [better]).verdict == "no, it harms"
+    assert compare.estimate("pixel_accuracy", [base], [base]).verdict == "can't be told"
 
 
 def test_runs_on_other_images_are_not_paired(complains):
     with complains("other images"):
-        compare.estimate(compare.mean_iou, [some_counts(40)], [some_counts(39)])
+        compare.estimate("mean_iou", [some_counts(40)], [some_counts(39)])
 
 
 def test_seeds_that_held_out_other_images_can_be_averaged():
     first = some_counts(20)
     second = {f"cat_{name}": counts for name, counts in some_counts(20, seed=1).items()}
-    both = compare.estimate(compare.mean_iou, [first, second])
-    means = [compare.estimate(compare.mean_iou, [one]).value for one in (first, second)]
+    both = compare.estimate("mean_iou", [first, second])
+    means = [compare.estimate("mean_iou", [one]).value for one in (first, second)]
     assert both.value == pytest.approx(np.mean(means))
 
 
