@@ -111,28 +111,25 @@ def with_statistics_of(averaged: nn.Module, model: nn.Module) -> nn.Module:
     return averaged
 
 
-def follow(folder: Path, recipe: pets.Recipe) -> list[dict]:
-    """Train by `recipe` and return both accuracies of the averaged weights after every epoch."""
-    train_pets, valid_pets, _ = load(folder, recipe)
-    device = pets.pick_device(recipe.DEVICE)
-    precision = pets.pick_precision(recipe.PRECISION, device)
-    torch.manual_seed(recipe.SEED)
-    model = pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH).to(device)
-    steps = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE)
-    training = pets.Training.start(model, recipe, steps)
-    rows = []
-    for row in pets.epochs(training, train_pets, valid_pets, recipe, done=0):
-        gathered = with_statistics_of(training.average.module, model)
-        old = pets.scores(pets.evaluate(gathered, valid_pets, precision).sum(0))
-        rows.append({"gathered": old["pixel_accuracy"], "measured": row["valid_pixel_accuracy"]})
-    return rows
-
-
-def follow_seeds(folder: Path) -> dict[str, list[dict]]:
-    """Return, by the seed of the base, both accuracies after every epoch."""
-    grid = sweep.read_grid(GRIDS["ablations"])
-    recipes = {seed: pets.Recipe(**grid[f"ablations_base_seed_{seed}"]) for seed in "01"}
-    return {seed: follow(folder, recipe) for seed, recipe in recipes.items()}
+def follow(folder: Path) -> dict[str, list[dict]]:
+    """Train the ablations' base; return, by seed, both accuracies after every epoch."""
+    grid, kept = sweep.read_grid(GRIDS["ablations"]), {}
+    for seed in ("0", "1"):
+        recipe = pets.Recipe(**grid[f"ablations_base_seed_{seed}"])
+        train_pets, valid_pets, _ = load(folder, recipe)
+        device = pets.pick_device(recipe.DEVICE)
+        precision = pets.pick_precision(recipe.PRECISION, device)
+        torch.manual_seed(recipe.SEED)
+        model = pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH).to(device)
+        steps = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE)
+        training = pets.Training.start(model, recipe, steps)
+        kept[seed] = []
+        for row in pets.epochs(training, train_pets, valid_pets, recipe, done=0):
+            averaged = with_statistics_of(training.average.module, model)
+            gathered = pets.scores(pets.evaluate(averaged, valid_pets, precision).sum(0))
+            both = gathered["pixel_accuracy"], row["valid_pixel_accuracy"]
+            kept[seed].append(dict(zip(("gathered", "measured"), both, strict=True)))
+    return kept
 
 
 def norms_table(kept: dict[str, list[dict]]) -> str:
@@ -206,7 +203,7 @@ def peer_table(kept: dict) -> str:
     return markdown(heads, rows)
 
 
-STUDIES = {"norm_statistics": (follow_seeds, norms_table), "peer": (compare_nets, peer_table)}
+STUDIES = {"norm_statistics": (follow, norms_table), "peer": (compare_nets, peer_table)}
 
 
 def main(name: str, data_dir: str = "", cluster: str = "") -> None:

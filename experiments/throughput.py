@@ -1,11 +1,8 @@
 """How fast is a training step, and how does its cost grow? `make bench`, five minutes on two cores.
 
-The project's step is measured against a plain one, against itself with the memory not kept, and
-against the machine's own matrix product; then the share of the training loop that is no step, and
-the cost by side, width, batch and number of images. What is compared takes turns, in a process
-each, since to keep freed memory can't be undone in a process. Prints it, and writes
-throughput_PRECISION.json and cost.png into runs/bench; what is quoted is kept in experiments/ and
-figures/.
+Prints the table and the slopes of the README, and writes throughput_PRECISION.json and cost.png
+into runs/bench; what is quoted is kept in experiments/ and figures/. What is compared takes turns,
+in a process each, since to keep freed memory can't be undone in a process.
 """
 
 import platform
@@ -77,8 +74,8 @@ def steps_of(plain: bool = False, **changes: object) -> Callable[[], None]:
 
     They are the project's own, or plain, as one writes them first: float32, nothing in place.
     """
-    model, _, optimizer, _ = start_training(PLAIN.but(**changes))
-    precision = PRECISION
+    training = start_training(PLAIN.but(**changes))
+    model, optimizer, precision = training.model, training.optimizer, PRECISION
     if plain:
         model = pets.UNet(PLAIN.BASE_CHANNELS).to(DEVICE).train()
         for module in model.modules():
@@ -117,9 +114,9 @@ def matrix_product(precision: str, size: int = 1024) -> float:
 
 HEADLINE = {  # what is measured: whether freed memory is kept, and what makes the work
     "plain": (False, partial(steps_of, plain=True)),
-    "memory not kept": (False, steps_of),
+    "memory_not_kept": (False, steps_of),
     "step": (True, steps_of),
-    "with Muon": (True, partial(steps_of, MUON=True)),
+    "muon_step": (True, partial(steps_of, MUON=True)),
     "loop": (True, partial(epoch, SIDE, PLAIN.BASE_CHANNELS, BATCH, STEPS * BATCH, augment=1.0)),
 }
 
@@ -155,11 +152,8 @@ def headline() -> dict:
     each = {name: STEPS * BATCH / seconds for name, seconds in in_turns().items()}
     return {
         "precision": NAME,
-        "plain_images_per_second": each["plain"],
-        "step_images_per_second": each["step"],
-        "muon_step_images_per_second": each["with Muon"],
-        "loop_images_per_second": each["loop"],
-        "step_against_memory_not_kept": each["step"] / each["memory not kept"],
+        **{f"{name}_images_per_second": value for name, value in each.items()},
+        "step_against_memory_not_kept": each["step"] / each["memory_not_kept"],
         "step_gflops": 3 * forward * each["step"] / 1e9,  # the way back takes twice the way there's
         "matrix_product_gflops": {p: matrix_product(p) / 1e9 for p in ("float32", "bfloat16")},
     }
@@ -197,7 +191,7 @@ def table(*measured: dict) -> str:
     columns = []
     for one in measured:
         plain, step, muon, loop = (
-            one[f"{name}images_per_second"] for name in ("plain_", "step_", "muon_step_", "loop_")
+            one[f"{name}_images_per_second"] for name in ("plain", "step", "muon_step", "loop")
         )
         products = one["matrix_product_gflops"]
         columns.append({
