@@ -6,7 +6,6 @@ by one, where a draw here is a row of counts, so that one matrix product scores 
 
 import html
 import re
-from collections.abc import Callable
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -23,31 +22,20 @@ from petseg_utils import InputError
 # --------------------------------------------------------------------------------------- statistics
 
 
-def pixel_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Return the share of pixels that are right, by confusion counts (..., K * K)."""
-    return counts[..., :: len(pets.CLASSES) + 1].sum(-1) / counts.sum(-1)
+def score_of(counts: np.ndarray, score: str) -> np.ndarray:
+    """Return "pixel_accuracy", "mean_iou" or, say, "iou.border" by confusion counts (..., K * K).
 
-
-def iou(counts: np.ndarray) -> np.ndarray:
-    """Return each class's IoU, (..., K), by confusion counts (..., K * K); NaN if not there."""
+    A class that is not there has the IoU NaN, and does not count in the mean.
+    """
     matrix = counts.reshape(*counts.shape[:-1], len(pets.CLASSES), len(pets.CLASSES))
     right = matrix.diagonal(axis1=-2, axis2=-1)
+    if score == "pixel_accuracy":
+        return right.sum(-1) / counts.sum(-1)
     union = matrix.sum(-1) + matrix.sum(-2) - right
-    return np.divide(right, union, out=np.full(right.shape, np.nan), where=union > 0)
-
-
-def mean_iou(counts: np.ndarray) -> np.ndarray:
-    """Return the mean over the classes that are there, by confusion counts (..., K * K)."""
-    return np.nanmean(iou(counts), axis=-1)
-
-
-def border_iou(counts: np.ndarray) -> np.ndarray:
-    """Return the IoU of the border, by confusion counts (..., K * K)."""
-    return iou(counts)[..., -1]
-
-
-# The same scores of a whole split, for runs whose images' counts are not known.
-WHOLE = {pixel_accuracy: "pixel_accuracy", mean_iou: "mean_iou", border_iou: "iou.border"}
+    iou = np.divide(right, union, out=np.full(right.shape, np.nan), where=union > 0)
+    if score == "mean_iou":
+        return np.nanmean(iou, axis=-1)
+    return iou[..., pets.CLASSES.index(score.removeprefix("iou."))]
 
 
 class Estimate(NamedTuple):
@@ -71,15 +59,13 @@ class Estimate(NamedTuple):
 
 @lru_cache(maxsize=2)
 def resample(images: int, times: int = 2000) -> np.ndarray:
-    """Return how often each image occurs in draws with replacement, (times, images)."""
+    """Return how often images occur: once, then in draws with replacement, (1 + times, B)."""
     draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), times)
-    return draws.astype(np.float64)  # floats multiply fast, and are exact up to 2**53
+    return np.vstack([np.ones(images), draws])  # floats multiply fast, and are exact up to 2**53
 
 
 def estimate(
-    score: Callable[[np.ndarray], np.ndarray],
-    runs: list[dict[str, np.ndarray]],
-    bases: list[dict[str, np.ndarray]] | None = None,
+    score: str, runs: list[dict[str, np.ndarray]], bases: list[dict[str, np.ndarray]] | None = None
 ) -> Estimate:
     """Return the mean score of runs, or its gain over their bases, with a bootstrap interval.
 
@@ -92,16 +78,14 @@ def estimate(
         mend = "compare runs with the same LIMIT and SEED"
         raise InputError(f"a run and its base were scored on other images: {mend}.")
     names = sorted({name for run in runs for name in run})
-    weights = np.vstack([np.ones(len(names)), resample(len(names))])  # first the images as they are
+    none = np.zeros(len(pets.CLASSES) ** 2)  # another seed may have held out other images
 
-    def scored(counts: dict[str, np.ndarray]) -> np.ndarray:
-        none = np.zeros(len(pets.CLASSES) ** 2)  # another seed may have held out other images
-        return score(weights @ np.array([counts.get(name, none) for name in names]))
+    def drawn(side: list[dict[str, np.ndarray]]) -> np.ndarray:
+        rows = (np.array([counts.get(name, none) for name in names]) for counts in side)
+        return np.mean([score_of(resample(len(names)) @ one, score) for one in rows], axis=0)
 
-    drawn = np.mean([scored(run) for run in runs], axis=0)
-    if bases:
-        drawn = drawn - np.mean([scored(base) for base in bases], axis=0)
-    return Estimate(float(drawn[0]), *map(float, np.nanpercentile(drawn[1:], [2.5, 97.5])))
+    scores = drawn(runs) - drawn(bases) if bases else drawn(runs)
+    return Estimate(float(scores[0]), *map(float, np.nanpercentile(scores[1:], [2.5, 97.5])))
 
 
 # --------------------------------------------------------------------------------------- comparison
@@ -123,17 +107,17 @@ class Repeated(NamedTuple):
         spread = f" ± {-float(cut((min(every) - max(every)) / 2, 2)):.2f}" if len(every) > 1 else ""
         return cut(float(np.mean(every)), 2) + spread
 
-    def gain(self, base: "Repeated", split: str, score: Callable = mean_iou) -> Estimate:
+    def gain(self, base: "Repeated", split: str, score: str = "mean_iou") -> Estimate:
         """Return the gain on a split over a base, over the seeds that both have."""
         seeds = {run.seed: run for run in base.runs}
-        pairs = [(run, seeds[run.seed]) for run in self.runs if run.seed in seeds]
-        if not pairs:
+        own = [run for run in self.runs if run.seed in seeds]
+        if not own:
             return Estimate(np.nan)
-        sides = [Repeated("", list(runs)) for runs in zip(*pairs, strict=True)]
-        if all(split in run.counts for pair in pairs for run in pair):
-            return estimate(score, *([run.counts[split] for run in side.runs] for side in sides))
-        own, others = (side.mean(f"{split}.{WHOLE[score]}") for side in sides)
-        return Estimate(own - others)
+        sides = [own, [seeds[run.seed] for run in own]]
+        if all(split in run.counts for side in sides for run in side):
+            return estimate(score, *([run.counts[split] for run in side] for side in sides))
+        means = [Repeated("", side).mean(f"{split}.{score}") for side in sides]
+        return Estimate(means[0] - means[1])
 
 
 def group_runs(runs: list[Run]) -> dict[tuple, list[Repeated]]:
@@ -160,8 +144,7 @@ def comparison(rows: list[Repeated], base: Repeated | None) -> list[dict[str, ob
     Of the parameters, those are shown in which the rows differ.
     """
     parameters = pd.DataFrame([row.runs[0].parameters for row in rows], dtype=object).fillna("–")
-    places = [*pets.Recipe.PLACES, "SEED"]
-    parameters = parameters.drop(columns=places, errors="ignore")
+    parameters = parameters.drop(columns=[*pets.Recipe.PLACES, "SEED"], errors="ignore")
     different = parameters.columns[parameters.astype(str).nunique() > 1]
 
     def gain(row: Repeated, split: str) -> str:
@@ -208,8 +191,9 @@ def pareto_front(costs: list[float], gains: list[float]) -> list[int]:
 
 def moved_most(run: Run, base: Run, count: int = 2) -> dict[str, float]:
     """Return by how much right pixels changed on the test images that gained and lost most."""
-    own, others = run.counts.get("test", {}), base.counts.get("test", {})
-    both = [name for name in own if name in others]
-    change = {n: float(pixel_accuracy(own[n]) - pixel_accuracy(others[n])) for n in both}
-    ranked = sorted(change, key=lambda name: -change[name])
-    return {name: change[name] for name in dict.fromkeys(ranked[:count] + ranked[-count:])}
+    own, others = (
+        pd.Series(one.counts["test"]).map(lambda counts: score_of(counts, "pixel_accuracy"))
+        for one in (run, base)
+    )
+    change = (own - others).dropna().sort_values(ascending=False, kind="stable")
+    return {**change[:count], **change[-count:]}

@@ -32,10 +32,11 @@ def segment(photo: Image.Image) -> Tensor:
     image = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]  # (1, 3, N, N)
     precision = pets.pick_precision("auto", device)
     with torch.inference_mode():
-        views = [pets.run_model(model, image, precision)]
+        logits = pets.run_model(model, image, precision)
         if recipe.FLIP:
-            views.append(pets.run_model(model, image.flip(3), precision).flip(3))
-    return label(torch.cat(views).cpu(), photo.height, photo.width)
+            mirrored = pets.run_model(model, image.flip(3), precision).flip(3)
+            logits = torch.cat([logits, mirrored])
+    return label(logits.cpu(), photo.height, photo.width)
 
 
 def label(logits: Tensor, height: int, width: int, strip: int = STRIP) -> Tensor:
@@ -72,13 +73,11 @@ def free_files(stem: str, photo: str) -> list[Path]:
     """
 
     def is_free(path: Path) -> bool:
-        if not os.path.lexists(path):
-            return True
         try:
             with Image.open(path) as picture:
                 return picture.info.get("photo") == photo
         except OSError:  # no picture
-            return False
+            return not os.path.lexists(path)
 
     for name in chain([stem], (f"{stem}_{number}" for number in count(2))):
         files = [pets.ROOT / "runs" / f"{name}_{kind}.png" for kind in KINDS]

@@ -6,6 +6,7 @@ scores and parameters have the same names everywhere, those of a table's columns
 """
 
 import os
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import Annotated
@@ -88,21 +89,17 @@ def find_runs(patterns: str) -> tuple[list[Run], list[str]]:
             elif (path / "metrics.json").exists():
                 runs.append(read_folder(path, os.path.normpath(name)))
         except InputError as error:
-            told = " ".join(f"{os.path.normpath(name)} is left out: {error}".split())
-            left_out.append(told.removesuffix(".") + ".")
+            left_out.append(" ".join(f"{os.path.normpath(name)} is left out: {error}".split()))
     if not runs:
-        what = f"no folder or table of {patterns!r} has a complete run"
-        raise InputError(f"{what}: name others in RUNS.")
+        raise InputError(f"no folder or table of {patterns!r} has a run: name others in RUNS.")
     return runs, left_out
 
 
 def read_folder(path: Path, name: str = "") -> Run:
     """Return the run in a folder that the project's root knows as `name`. Errors: `InputError`."""
-    try:
+    with suppress(RecursionError):
         return check_run(pets.read_run(path), name)
-    except RecursionError:
-        what = f"there is no complete run in {path} (nested too deep)"
-        raise InputError(f"{what}: make the run again.") from None
+    raise InputError(f"there is no complete run in {path} (nested too deep): make the run again.")
 
 
 def check_run(given: dict, folder: str = "") -> Run:

@@ -21,7 +21,7 @@ from papermill.cli import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from experiments.terminal import fault_of, scores_of, show_progress
-from support.parameters import InputError, brief, check_folder_name, reason
+from support.parameters import InputError, check_folder_name, reason
 from support.safe_files import lock, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,17 +42,14 @@ def read(options: Sequence[str]) -> list[str]:
 
     Errors: `InputError` for a recipe that there is not.
     """
+    recipes = {path.stem: ["-f", str(path)] for path in sorted(RECIPES.glob("*.yaml"))}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--recipe")
+    parser.add_argument("--recipe", choices=recipes)
     parser.add_argument("--data")
     try:
         chosen, others = parser.parse_known_args(options)
     except argparse.ArgumentError as error:
         raise InputError(f"{error.argument_name} {error.message}.") from None
-    recipes = {path.stem: ["-f", str(path)] for path in sorted(RECIPES.glob("*.yaml"))}
-    if chosen.recipe and chosen.recipe not in recipes:
-        there = f"name one of {', '.join(recipes)}"
-        raise InputError(f"there is no recipe {brief(chosen.recipe)}: {there}.")
     data = ["-r", "DATA_DIR", chosen.data] if chosen.data else []
     return [*recipes.get(chosen.recipe, []), *data, *others]
 
@@ -91,11 +88,9 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
         raise InputError(f"{why}: make room, or choose another NAME.") from None
     except KeyboardInterrupt:
         kept = output.with_name("checkpoint.pt")
-        go_on = "start again"
-        if kept.exists():
-            go_on = f"{kept} keeps the complete epochs, to go on from with -p RESUME True"
+        go_on = f"{kept} keeps the complete epochs, to go on from with -p RESUME True"
         why = "the run was stopped, by Ctrl-C or for want of memory"
-        raise InputError(f"{why}: {go_on}.") from None
+        raise InputError(f"{why}: {go_on if kept.exists() else 'start again'}.") from None
     metrics = output.with_name("metrics.json")
     executed_now = tidy.metadata.get("papermill", {}).get("end_time")  # not by --prepare-only
     if executed_now and metrics.exists():
@@ -126,10 +121,11 @@ def call_papermill(command: list[str], draft: Path) -> None:
         own = isinstance(error, OSError) and error.filename in (None, str(draft))
         if own and not isinstance(error, TimeoutError):
             raise
-        why = reason(error).strip("'").rstrip(".:")
-        file = f" {error.filename}" if getattr(error, "filename", None) else ""
-        sentence = f"papermill cannot do what its options ask for ({why}{file}): correct them."
-        raise InputError(sentence) from None
+        why = " ".join(
+            [reason(error).strip("'").rstrip(".:"), getattr(error, "filename", "") or ""]
+        )
+        what = f"papermill cannot do what its options ask for ({why.strip()})"
+        raise InputError(f"{what}: correct them.") from None
 
 
 def quieten_kernel() -> None:

@@ -16,8 +16,7 @@ from petseg_utils import InputError
 def read_scored(folder: Path) -> tuple[Run, pets.Recipe]:
     """Return a run on the real dataset and its recipe, both checked. Errors: `InputError`."""
     run = read_folder(folder)
-    missing = pets.Recipe.model_fields.keys() - run.parameters.keys()
-    if missing:
+    if missing := pets.Recipe.model_fields.keys() - run.parameters.keys():
         what = f"{folder} is of an older version, without {', '.join(sorted(missing))}"
         raise InputError(f"{what}: make the run again.")
     recipe = pets.Recipe(**run.parameters)
@@ -29,17 +28,16 @@ def read_scored(folder: Path) -> tuple[Run, pets.Recipe]:
 def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
     """Load a run's weights, predict the test split and print both scores, all checked first."""
     then, recipe = read_scored(pets.ROOT / run)
+    model, _ = pets.load_net(pets.ROOT / run)
     device = pets.pick_device(recipe.DEVICE)
     precision = pets.pick_precision(recipe.PRECISION, device)
-    model, _ = pets.load_net(pets.ROOT / run)
     folder = pets.find_dataset(data_dir)
     names = pets.read_split(folder, "test", recipe.LIMIT)
     images = then.row["test.images"]
     if len(names) != images:
         what = f"{folder} has {len(names)} test images, but {run} was scored on {images}"
         raise InputError(f"{what}: name the dataset that it was scored on.")
-    side, mask_side = recipe.IMAGE_SIZE, recipe.SCORE_SIZE
-    test = pets.load_pets(folder, names, side, "test images", mask_side=mask_side)
+    test = pets.load_pets(folder, names, recipe.IMAGE_SIZE, mask_side=recipe.SCORE_SIZE)
     matrices = pets.evaluate(model.to(device), test, precision, flip=recipe.FLIP)
     now = pets.scores(matrices.sum(0))
     for name in ("pixel_accuracy", "mean_iou"):

@@ -3,12 +3,9 @@
     make sweep GRID=mine.json CLUSTER=tcp://host:8786 WORKERS=2
 
 GRID is JSON, {"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}. Each
-change is made with each seed. CLUSTER is the address of a Dask scheduler; without it, workers of
-this machine's own do the work. Repeating the command goes on where it stopped. A scheduler and its
-workers, on any number of machines that share the project's folder, are started in that folder:
-
-    .venv/bin/python -m dask scheduler
-    .venv/bin/python -m dask worker tcp://host:8786 --nthreads 1
+change is made with each seed. CLUSTER is the address of a Dask scheduler, of which
+experiments/README.md tells; without it, workers of this machine's own do the work. Repeating the
+command goes on where it stopped.
 """
 
 import json
@@ -20,14 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 
 import papermill
 import torch
 from dask import config as dask_config
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, as_completed, get_worker
-from distributed.scheduler import KilledWorker
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
@@ -46,18 +41,16 @@ GRID = '{"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1
 def read_grid(path: Path) -> dict[str, dict]:
     """Return each run's parameters by its name, GRID_CHANGE_seed_SEED. Errors: `InputError`."""
     try:
-        grid = json.loads(path.read_text(encoding="utf-8"))
-        strangers = grid.keys() - {"base", "changes", "seeds"}
+        grid = {"base": {}, "seeds": [0]} | json.loads(path.read_text(encoding="utf-8"))
         runs = {
-            f"{path.stem}_{name}_seed_{seed}": grid.get("base", {}) | change | {"SEED": seed}
+            f"{path.stem}_{name}_seed_{seed}": grid["base"] | change | {"SEED": seed}
             for name, change in grid["changes"].items()
-            for seed in grid.get("seeds", [0])
+            for seed in grid["seeds"]
         }
+        if not runs or len(grid) > 3:
+            raise ValueError(f"{len(runs)} runs, of {', '.join(grid)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no grid ({error}): it should hold {GRID}.") from None
-    if strangers or not runs:
-        what = f"has the key {min(strangers)}" if strangers else "has no runs"
-        raise InputError(f"{path} {what}: it should hold {GRID}.")
     return runs
 
 
@@ -73,7 +66,7 @@ def check_runs(runs: dict[str, dict]) -> list[pets.Recipe]:
 
 
 def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> list[dict]:
-    """Make runs, {name: parameters}, and return for each a dict: run, outcome, why, seconds.
+    """Make runs, {name: parameters}, and return for each a dict: run, outcome, why.
 
     The outcome is "made", "kept" (it was there, complete) or "failed"; one that fails doesn't stop
     the others. An interrupted run goes on from its checkpoint. `cluster` is the address of a Dask
@@ -100,8 +93,7 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
 def at_work(client: Client, futures: dict[Future, str]) -> str:
     """Return which of the runs the workers have in hand, by their futures."""
     keys = {key for keys in client.processing().values() for key in keys}
-    names = sorted(name for future, name in futures.items() if future.key in keys)
-    return f"at work: {', '.join(names)}"
+    return f"at work: {', '.join(sorted(futures[one] for one in futures if one.key in keys))}"
 
 
 @contextmanager
@@ -109,20 +101,12 @@ def start_workers(cluster: str, workers: int) -> Iterator[Client]:
     """Give a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
     if not cluster:
         dask_config.set(
-            {
-                "distributed.scheduler.allowed-failures": 3,  # workers that die with the same run
-                "distributed.scheduler.worker-saturation": 1.0,
-                "distributed.worker.profile.enabled": False,  # it takes 4 % of a core from a run
-            }
-        )
-        own = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",  # any free port
-            memory_limit=0,  # the kernels need it, not the workers
-            silence_logs=50,
-        )
-        with own, Client(own) as client:
+            {"distributed.scheduler.worker-saturation": 1.0}
+        )  # no run waits for another
+        dask_config.set({"distributed.worker.profile.enabled": False})  # it takes 4 % of a core
+        options = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}  # any free port
+        options |= {"memory_limit": 0, "silence_logs": 50}  # the kernels need the memory
+        with LocalCluster(n_workers=workers, **options) as own, Client(own) as client:
             yield client
         return
     try:
@@ -164,19 +148,48 @@ def make_run(parameters: dict, threads: dict[str, int]) -> dict:
 
     Dask calls this again if a worker is lost: the second call finds the first one's checkpoint.
     """
-    name, start = parameters["RUN_NAME"], perf_counter()
+    name = parameters["RUN_NAME"]
     folder = pets.ROOT / "runs" / name
+    outcome = "failed"
     try:
-        outcome, why = "kept", what_is_there(folder, parameters)
-        if not why:
+        if why := what_is_there(folder, parameters):
+            outcome = "kept"
+        else:
             # Dask gives each worker one thread, and the kernel would inherit that.
             own = str(threads.get(socket.gethostname(), 1))
             os.environ.update(OMP_NUM_THREADS=own, MKL_NUM_THREADS=own, **gpu_of(get_worker().name))
-            execute(parameters, folder)
+            execute(parameters, folder / "notebook.ipynb")
             outcome = "made"
     except InputError as error:
-        outcome, why = "failed", str(error)
-    return {"run": name, "outcome": outcome, "why": why, "seconds": perf_counter() - start}
+        why = str(error)
+    except PapermillExecutionError as error:
+        why = " ".join(fault_of(error, folder / "notebook.ipynb").split())
+    except DeadKernelError:
+        why = "its kernel died, perhaps for want of memory: make the run alone to see where."
+    except OSError as error:
+        why = f"{folder} cannot be written to ({error}): make room, or change its permissions."
+    return {"run": name, "outcome": outcome, "why": why}
+
+
+def execute(parameters: dict, output: Path) -> None:
+    """Execute the notebook into its run's folder."""
+    defaults = pets.Recipe().model_dump()
+    given = {name: value for name, value in parameters.items() if value != defaults[name]}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as sockets:
+        # Kernels that start at the same moment may draw the same ports (papermill's issue 511), so
+        # their sockets are files.
+        ipc = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+        papermill.execute_notebook(
+            NOTEBOOK,
+            output,
+            given,
+            request_save_on_cell_execute=False,  # at its end: a hundred runs share one disk
+            progress_bar=False,
+            cwd=pets.ROOT,
+            config=ipc,
+            extra_arguments=["--log-level=CRITICAL"],  # it would break our progress bar
+        )
 
 
 def gpu_of(worker: str | int) -> dict[str, str]:
@@ -221,49 +234,14 @@ def ran_to_its_end(notebook: Path) -> bool:
         return False
 
 
-def execute(parameters: dict, folder: Path) -> None:
-    """Execute the notebook into its run's folder. Errors: `InputError` if a cell fails."""
-    output = folder / "notebook.ipynb"
-    defaults = pets.Recipe().model_dump()
-    given = {name: value for name, value in parameters.items() if value != defaults[name]}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as sockets:
-            # Kernels that start at the same moment may draw the same ports (papermill's issue
-            # 511), so their sockets are files.
-            ipc = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-            papermill.execute_notebook(
-                NOTEBOOK,
-                output,
-                given,
-                request_save_on_cell_execute=False,  # at its end: a hundred runs share one disk
-                progress_bar=False,
-                cwd=pets.ROOT,
-                config=ipc,
-                extra_arguments=["--log-level=CRITICAL"],  # it would break our progress bar
-            )
-    except PapermillExecutionError as error:
-        told = fault_of(error, output)
-    except DeadKernelError:
-        told = "its kernel died, perhaps for want of memory: make the run alone to see where."
-    except OSError as error:
-        told = f"{output} cannot be written ({error}): make room, or change its permissions."
-    else:
-        return
-    raise InputError(" ".join(told.split()))
-
-
 def outcome_of(future: Future, name: str) -> dict:
     """Return what `make_run` returned, or the same for a run of which Dask knows no result."""
     try:
         return future.result()
-    except KilledWorker:
-        what = "its worker died again and again, perhaps for want of memory"
-        why = f"{what}: make the run alone to see why."
-    except Exception as error:  # the scheduler is gone, or the workers are of another version
+    except Exception as error:  # its worker died again and again, or the scheduler is gone ...
         told = f"{type(error).__name__}: {reason(error)}"
-        why = f"Dask lost it ({told}): make the sweep again."
-    return {"run": name, "outcome": "failed", "why": why, "seconds": 0.0}
+        why = f"Dask lost it, perhaps for want of memory ({told}): make the run alone to see why."
+    return {"run": name, "outcome": "failed", "why": why}
 
 
 def report(outcomes: list[dict]) -> str:

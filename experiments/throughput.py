@@ -1,11 +1,8 @@
 """How fast is a training step, and how does its cost grow? `make bench`, five minutes on two cores.
 
-The project's step is measured against a plain one, against itself with the memory not kept, and
-against the machine's own matrix product; then the share of the training loop that is no step, and
-the cost by side, width, batch and number of images. What is compared takes turns, in a process
-each, since to keep freed memory can't be undone in a process. Prints it, and writes
-throughput_PRECISION.json and cost.png into runs/bench; what is quoted is kept in experiments/ and
-figures/.
+Prints the table and the slopes of the README, and writes throughput_PRECISION.json and cost.png
+into runs/bench; what is quoted is kept in experiments/ and figures/. What is compared takes turns,
+in a process each, since to keep freed memory can't be undone in a process.
 """
 
 import platform
@@ -28,13 +25,14 @@ from experiments.tables import cut, markdown, write_json
 
 DEVICE = pets.pick_device()
 PRECISION = pets.pick_precision("auto", DEVICE)
+NAME = str(PRECISION).removeprefix("torch.")
 SIDE, BATCH, STEPS = 128, 16, 2  # of the headline figures, with the course's net
 PLAIN = pets.Recipe(IMAGE_SIZE=SIDE, BASE_CHANNELS=32, MUON=False, LEARNING_RATE=1e-3)
-GROWING = {  # what grows, along which sizes, the slope of log cost to expect, an axis's label
-    "side": (["side"], [32, 64, 128, 256], 2, "side of the images, pixels"),
-    "width": (["width"], [8, 16, 32, 64], 2, "base channels"),
-    "batch": (["batch", "images"], [4, 8, 16, 32], 1, "images in the one batch"),
-    "images": (["images"], [8, 16, 32, 64], 1, "images, in batches of 8"),
+GROWING = {  # what grows, to which sizes, the slope of log cost to expect, an axis's label
+    "side": ([32, 64, 128, 256], 2, "side of the images, pixels"),
+    "width": ([8, 16, 32, 64], 2, "base channels"),
+    "batch": ([4, 8, 16, 32], 1, "images in the one batch"),
+    "images": ([8, 16, 32, 64], 1, "images, in batches of 8"),
 }
 
 
@@ -64,21 +62,6 @@ def random_pets(count: int, side: int) -> pets.Pets:
     return pets.Pets([f"noise_{i}" for i in range(count)], images, masks)
 
 
-def plain_step() -> Callable[[], None]:
-    """Return the step as one writes it first: float32, defaults, nothing in place."""
-    model = pets.UNet(PLAIN.BASE_CHANNELS).to(DEVICE).train()
-    for module in model.modules():
-        if isinstance(module, nn.LeakyReLU):
-            module.inplace = False
-    return steps_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3), torch.float32)
-
-
-def fast_step(recipe: pets.Recipe = PLAIN) -> Callable[[], None]:
-    """Return the project's own step."""
-    training = start_training(recipe)
-    return steps_of(training.model, training.optimizer, PRECISION)
-
-
 def start_training(recipe: pets.Recipe) -> pets.Training:
     """Return a training set up as `pets.train` does, but for the memory that is kept."""
     layout = torch.contiguous_format if PRECISION is torch.float32 else torch.channels_last
@@ -86,109 +69,100 @@ def start_training(recipe: pets.Recipe) -> pets.Training:
     return pets.Training.start(model, recipe, total_steps=10**6)
 
 
-def steps_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, precision: torch.dtype
-) -> Callable[[], None]:
-    """Return `STEPS` bare steps on one ready batch: no augmentation, no average, no schedule."""
+def steps_of(plain: bool = False, **changes: object) -> Callable[[], None]:
+    """Return `STEPS` bare steps on one ready batch: no augmentation, no average, no schedule.
+
+    They are the project's own, or plain, as one writes them first: float32, nothing in place.
+    """
+    training = start_training(PLAIN.but(**changes))
+    model, optimizer, precision = training.model, training.optimizer, PRECISION
+    if plain:
+        model = pets.UNet(PLAIN.BASE_CHANNELS).to(DEVICE).train()
+        for module in model.modules():
+            if isinstance(module, nn.LeakyReLU):
+                module.inplace = False
+        optimizer, precision = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.float32
     data = random_pets(BATCH, SIDE)
-    images, masks = pets.to_input(data.images, DEVICE), data.masks.to(DEVICE).long()
+    images, masks = data.images.to(DEVICE), data.masks.to(DEVICE).long()
 
     def steps() -> None:
         for _ in range(STEPS):
-            with torch.autocast(DEVICE.type, precision, enabled=precision != torch.float32):
-                logits = model(images)
+            logits = pets.run_model(model, images, precision)
             optimizer.zero_grad()
-            pets.segmentation_loss(logits.float(), masks).backward()
+            pets.segmentation_loss(logits, masks).backward()
             optimizer.step()
 
     return steps
 
 
-def epoch(side: int, batch: int, width: int, images: int, augment: float) -> Callable[[], float]:
-    """Return an epoch of `pets.train_epoch`, with AdamW like the steps."""
+def epoch(
+    side: int = 64, width: int = 32, batch: int = 8, images: int = 8, augment: float = 0.0
+) -> Callable[[], float]:
+    """Return an epoch of `pets.train_epoch`, with AdamW like the steps, of a batch at least."""
     sizes = {"IMAGE_SIZE": side, "BASE_CHANNELS": width, "BATCH_SIZE": batch}
     recipe = PLAIN.but(**sizes, AUGMENT=augment)
-    training, data, bar = start_training(recipe), random_pets(images, side), tqdm(disable=True)
+    data = random_pets(max(images, batch), side)
+    training, bar = start_training(recipe), tqdm(disable=True)
     return lambda: pets.train_epoch(training, data, recipe, bar)
 
 
-def matrix_product(precision: torch.dtype, size: int = 1024) -> float:
+def matrix_product(precision: str, size: int = 1024) -> float:
     """Return the FLOP/s of a product of two square matrices."""
-    a, b = (torch.randn(size, size, device=DEVICE).to(precision) for _ in range(2))
+    a, b = (torch.randn(size, size, device=DEVICE).to(getattr(torch, precision)) for _ in range(2))
     return 2 * size**3 / least_seconds("matrix product", lambda: seconds_of(lambda: a @ b))[0]
 
 
 HEADLINE = {  # what is measured: whether freed memory is kept, and what makes the work
-    "plain": (False, plain_step),
-    "memory not kept": (False, fast_step),
-    "step": (True, fast_step),
-    "with Muon": (True, lambda: fast_step(PLAIN.but(MUON=True))),
-    "loop": (True, lambda: epoch(SIDE, BATCH, PLAIN.BASE_CHANNELS, STEPS * BATCH, augment=1.0)),
+    "plain": (False, partial(steps_of, plain=True)),
+    "memory_not_kept": (False, steps_of),
+    "step": (True, steps_of),
+    "muon_step": (True, partial(steps_of, MUON=True)),
+    "loop": (True, partial(epoch, SIDE, PLAIN.BASE_CHANNELS, BATCH, STEPS * BATCH, augment=1.0)),
 }
 
 
 @cache
-def work_of(name: str, threads: int) -> Callable[[], object]:
+def work_of(name: str) -> Callable[[], object]:
     """Return the work of one part of the headline, for which its process is set up once."""
-    torch.set_num_threads(threads)
     keep, make = HEADLINE[name]
     if keep:
         pets.keep_freed_memory()
     return make()
 
 
-def measure(name: str, threads: int) -> float:
+def measure(name: str) -> float:
     """Return the seconds of one part of the headline."""
-    return seconds_of(work_of(name, threads))
+    return seconds_of(work_of(name))
 
 
 def in_turns() -> dict[str, float]:
     """Return the least seconds of each part of the headline, in turns, each in its own process."""
-    spawn, threads = get_context("spawn"), torch.get_num_threads()
     with ExitStack() as stack:
-        pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in HEADLINE}
+        pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in HEADLINE]
         works = [
-            lambda name=name, pool=pool: pool.submit(measure, name, threads).result()
-            for name, pool in pools.items()
+            lambda name=name, pool=pool: pool.submit(measure, name).result()
+            for name, pool in zip(HEADLINE, map(stack.enter_context, pools), strict=True)
         ]
         return dict(zip(HEADLINE, least_seconds("steps", *works), strict=True))
 
 
 def headline() -> dict:
     """Measure the step and the loop, at the size of the headline figures."""
-    plain, before, step, with_muon, loop = in_turns().values()
-    images = STEPS * BATCH
     forward = sum(s.flops for s in pets.analyse_shapes(pets.UNet(PLAIN.BASE_CHANNELS), SIDE))
-    flops = 3 * forward * images / step  # the backward pass takes twice the forward pass's
-    products = {name_of(p): matrix_product(p) for p in (torch.float32, torch.bfloat16)}
+    each = {name: STEPS * BATCH / seconds for name, seconds in in_turns().items()}
     return {
-        "side": SIDE,
-        "batch": BATCH,
-        "base_channels": PLAIN.BASE_CHANNELS,
-        "precision": name_of(PRECISION),
-        "plain_images_per_second": images / plain,
-        "step_images_per_second": images / step,
-        "muon_step_images_per_second": images / with_muon,
-        "loop_images_per_second": images / loop,
-        "step_against_plain": plain / step,
-        "step_against_memory_not_kept": before / step,
-        "step_gflops": flops / 1e9,
-        "matrix_product_gflops": {name: value / 1e9 for name, value in products.items()},
-        "step_against_best_product": flops / max(products.values()),
-        "share_of_training_loop_not_step": 1 - step / loop,
+        "precision": NAME,
+        **{f"{name}_images_per_second": value for name, value in each.items()},
+        "step_against_memory_not_kept": each["step"] / each["memory_not_kept"],
+        "step_gflops": 3 * forward * each["step"] / 1e9,  # the way back takes twice the way there's
+        "matrix_product_gflops": {p: matrix_product(p) / 1e9 for p in ("float32", "bfloat16")},
     }
-
-
-def name_of(precision: torch.dtype) -> str:
-    """Return a precision's name, "float32"."""
-    return str(precision).removeprefix("torch.")
 
 
 def grow(name: str) -> dict:
     """Measure seconds as one thing grows and the rest stays, and the slope of their logs."""
-    names, sizes, *_ = GROWING[name]
-    still = {"side": 64, "batch": 8, "width": 32, "images": 8}
-    epochs = [epoch(**still | dict.fromkeys(names, size), augment=0.0) for size in sizes]
+    sizes, *_ = GROWING[name]
+    epochs = [epoch(**{name: size}) for size in sizes]
     seconds = least_seconds(f"cost by {name}", *(partial(seconds_of, one) for one in epochs))
     slope, _ = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)  # the smallest: overhead
     return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
@@ -198,7 +172,7 @@ def plot_growth(measured: dict[str, dict]) -> plt.Figure:
     """Plot seconds by size, and the expected slope through the largest, on logarithmic axes."""
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained")
     for axes, (name, line) in zip(panels, measured.items(), strict=True):
-        *_, slope, label = GROWING[name]
+        _, slope, label = GROWING[name]
         sizes, seconds = np.array(line["sizes"]), line["seconds"]
         expected = seconds[-1] * (sizes / sizes[-1]) ** slope
         axes.loglog(sizes, expected, ":", color="grey", label=f"expected, slope {slope}")
@@ -212,32 +186,31 @@ def plot_growth(measured: dict[str, dict]) -> plt.Figure:
     return figure
 
 
-def figures_of(one: dict) -> dict[str, str]:
-    """Return the headline figures by name, none rounded in our favour."""
-    muon = 100 * (one["step_images_per_second"] / one["muon_step_images_per_second"] - 1)
-    memory = cut(one["step_against_memory_not_kept"], 2)
-    figures = {
-        "plain step, images a second": cut(one["plain_images_per_second"], 2),
-        "this project's step, images a second": cut(one["step_images_per_second"], 2),
-        "the step with Muon, images a second": cut(one["muon_step_images_per_second"], 2),
-        "what Muon adds to the step": f"{-float(cut(-muon, 1))} %",
-        "the step against the plain one": f"{cut(one['step_against_plain'], 2)} times as fast",
-        "the step against itself, freed memory not kept": f"{memory} times",
-        "the step, GFLOP/s": cut(one["step_gflops"], 0),
-    }
-    for name, value in one["matrix_product_gflops"].items():
-        figures[f"matrix product in {name}, GFLOP/s"] = f"{value:.3g}"
-    best, rest = one["step_against_best_product"], one["share_of_training_loop_not_step"]
-    figures["the step against the faster product"] = f"{cut(100 * best, 0)} %"
-    figures["share of the training loop that is no step"] = f"{100 * rest:.1f} %"
-    return figures
-
-
 def table(*measured: dict) -> str:
-    """Return the headline figures as Markdown, with a column for each machine."""
-    columns = [figures_of(one) for one in measured]
-    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    return markdown(["computed in", *(one["precision"] for one in measured)], rows)
+    """Return the headline figures as Markdown, a column a machine, none rounded in our favour."""
+    columns = []
+    for one in measured:
+        plain, step, muon, loop = (
+            one[f"{name}_images_per_second"] for name in ("plain", "step", "muon_step", "loop")
+        )
+        products = one["matrix_product_gflops"]
+        columns.append({
+            "computed in": one["precision"],
+            "plain step, images a second": cut(plain, 2),
+            "this project's step, images a second": cut(step, 2),
+            "the step with Muon, images a second": cut(muon, 2),
+            "what Muon adds to the step": f"{-float(cut(100 - 100 * step / muon, 1))} %",
+            "the step against the plain one": f"{cut(step / plain, 2)} times as fast",
+            "the step against itself, freed memory not kept":
+                f"{cut(one['step_against_memory_not_kept'], 2)} times",
+            "the step, GFLOP/s": cut(one["step_gflops"], 0),
+            **{f"matrix product in {name}, GFLOP/s": f"{products[name]:.3g}" for name in products},
+            "the step against the faster product":
+                f"{cut(100 * one['step_gflops'] / max(products.values()), 0)} %",
+            "share of the training loop that is no step": f"{100 * (1 - loop / step):.1f} %",
+        })  # fmt: skip
+    head, *rows = ([name, *(column[name] for column in columns)] for name in columns[0])
+    return markdown(head, rows)
 
 
 def main() -> None:
@@ -250,8 +223,8 @@ def main() -> None:
     pets.keep_freed_memory()
     result["growth"] = {name: grow(name) for name in GROWING}
     for name, line in result["growth"].items():
-        print(f"cost by {name:10} slope {line['slope']:.1f}, expected {GROWING[name][2]}")
-    write_json(folder / f"throughput_{name_of(PRECISION)}.json", result)
+        print(f"cost by {name:10} slope {line['slope']:.1f}, expected {GROWING[name][1]}")
+    write_json(folder / f"throughput_{NAME}.json", result)
     figure = plot_growth(result["growth"])
     picture = folder / "cost.png"
     pets.write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -20,7 +20,7 @@ from PIL import Image
 
 import petseg_utils as pets
 from experiments.command import as_script
-from experiments.compare import mean_iou
+from experiments.compare import score_of
 from experiments.read_runs import check_run
 
 FIGURES = pets.ROOT / "figures"
@@ -35,7 +35,7 @@ def pick_by_rank(counts: dict[str, np.ndarray]) -> dict[str, str]:
     finds it looks wrong.
     """
     whole = {name: nine for name, nine in counts.items() if nine[:3].any() or nine[6:].any()}
-    ranking = sorted(whole, key=lambda name: mean_iou(whole[name]))
+    ranking = sorted(whole, key=lambda name: score_of(whole[name], "mean_iou"))
     shares = (90, 75, 50, 25, 10)
     return {f"better than {share} %": ranking[len(ranking) * share // 100] for share in shares}
 

@@ -15,7 +15,7 @@ from scipy import stats
 
 import petseg_utils as pets
 from experiments import compare
-from experiments.read_runs import Run, check_run, find_runs, to_table, write_table
+from experiments.read_runs import find_runs, read_folder, to_table, write_table
 
 ROOT = pets.ROOT  # tests of broken runs have another
 
@@ -51,11 +51,6 @@ def write_run(folder: Path, skill: float = 0.7, **changes: object) -> Path:
     return folder
 
 
-def read(folder: Path) -> Run:
-    """Return a run, checked."""
-    return check_run(pets.read_run(folder))
-
-
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     """A project's root with an empty folder runs/."""
@@ -76,8 +71,8 @@ def test_scores_from_counts_are_those_of_the_module(counts):
     whole = pets.scores(torch.tensor(counts).view(3, 3))
     border = whole["iou"]["border"]
     expected = (whole["pixel_accuracy"], whole["mean_iou"], np.nan if border is None else border)
-    scores = (compare.pixel_accuracy, compare.mean_iou, compare.border_iou)
-    found = tuple(score(counts) for score in scores)
+    scores = ("pixel_accuracy", "mean_iou", "iou.border")
+    found = tuple(compare.score_of(counts, score) for score in scores)
     assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
@@ -86,14 +81,14 @@ def test_the_interval_is_that_of_an_independent_bootstrap():
     rows = np.array(list(counts.values()))
 
     def mean_iou(chosen: np.ndarray, axis: int) -> np.ndarray:
-        return compare.mean_iou(rows[chosen].sum(axis - 1))
+        return compare.score_of(rows[chosen].sum(axis - 1), "mean_iou")
 
     how = {"vectorized": True, "n_resamples": 4000, "method": "percentile"}
     images = (np.arange(len(rows)),)
     other = stats.bootstrap(images, mean_iou, **how, rng=np.random.default_rng(5))
-    own = compare.estimate(compare.mean_iou, [counts])
-    assert own == compare.estimate(compare.mean_iou, [counts])  # the same each time
-    assert own.value == pytest.approx(float(compare.mean_iou(rows.sum(0))))
+    own = compare.estimate("mean_iou", [counts])
+    assert own == compare.estimate("mean_iou", [counts])  # the same each time
+    assert own.value == pytest.approx(float(compare.score_of(rows.sum(0), "mean_iou")))
     assert own[1:] == pytest.approx(other.confidence_interval, abs=0.1 * (own.high - own.low))
 
 
@@ -104,37 +99,32 @@ def test_pairing_makes_the_interval_of_a_difference_narrow():
     for i, right in enumerate(random.integers(20, 90, 50)):
         for counts, extra in ((base, 0), (better, 5)):
             counts[f"pug_{i}"] = np.array([right + extra, 100 - right - extra, 0, 0, 0, 0, 0, 0, 0])
-    paired = compare.estimate(compare.pixel_accuracy, [better], [base])
-    alone = compare.estimate(compare.pixel_accuracy, [better])
+    paired = compare.estimate("pixel_accuracy", [better], [base])
+    alone = compare.estimate("pixel_accuracy", [better])
     assert paired.value == pytest.approx(0.05)
     assert paired.high - paired.low < 1e-9 < alone.high - alone.low
     assert paired.verdict == "yes"
-    assert compare.estimate(compare.pixel_accuracy, [base], [better]).verdict == "no, it harms"
-    assert compare.estimate(compare.pixel_accuracy, [base], [base]).verdict == "can't be told"
+    assert compare.estimate("pixel_accuracy", [base], [better]).verdict == "no, it harms"
+    assert compare.estimate("pixel_accuracy", [base], [base]).verdict == "can't be told"
 
 
 def test_runs_on_other_images_are_not_paired(complains):
     with complains("other images"):
-        compare.estimate(compare.mean_iou, [some_counts(40)], [some_counts(39)])
+        compare.estimate("mean_iou", [some_counts(40)], [some_counts(39)])
 
 
 def test_seeds_that_held_out_other_images_can_be_averaged():
     first = some_counts(20)
     second = {f"cat_{name}": counts for name, counts in some_counts(20, seed=1).items()}
-    both = compare.estimate(compare.mean_iou, [first, second])
-    means = [compare.estimate(compare.mean_iou, [one]).value for one in (first, second)]
+    both = compare.estimate("mean_iou", [first, second])
+    means = [compare.estimate("mean_iou", [one]).value for one in (first, second)]
     assert both.value == pytest.approx(np.mean(means))
 
 
-@pytest.mark.parametrize(
-    ("costs", "gains", "front"),
-    [
-        ([1, 2, 3], [0.5, 0.7, 0.6], [0, 1]),
-        ([3, 2, 1], [0.5, 0.5, 0.5], [2]),
-        ([1, 1], [0.4, 0.5], [1]),
-        ([2], [0.1], [0]),
-    ],
-)
+@pytest.mark.parametrize(("costs", "gains", "front"), [
+    ([1, 2, 3], [0.5, 0.7, 0.6], [0, 1]), ([3, 2, 1], [0.5, 0.5, 0.5], [2]),
+    ([1, 1], [0.4, 0.5], [1]), ([2], [0.1], [0]),
+])  # fmt: skip
 def test_the_pareto_front_holds_what_no_other_beats_at_no_more_cost(costs, gains, front):
     assert compare.pareto_front(costs, gains) == front
 
@@ -173,16 +163,16 @@ def test_what_was_tested_on_something_else_is_in_another_group(root):
     write_run(root / "runs" / "two", IMAGE_SIZE=64)
     write_run(root / "runs" / "three", DATASET="oxford")
     write_run(root / "runs" / "four", IMAGE_SIZE=64, SCORE_SIZE=32)
-    groups = compare.group_runs(find_runs("runs/*")[0])
-    assert {key[:2]: sorted(row.name for row in rows) for key, rows in groups.items()} == {
-        ("sample", 32): ["four", "one"],
-        ("sample", 64): ["two"],
-        ("oxford", 32): ["three"],
-    }
+    groups = compare.group_runs(find_runs("runs/*")[0]).values()
+    assert [sorted(row.name for row in rows) for rows in groups] == [
+        ["three"],
+        ["four", "one"],
+        ["two"],
+    ]
 
 
 def test_a_row_shows_scores_that_were_reached(root):
-    run = read(write_run(root / "runs" / "one"))
+    run = read_folder(write_run(root / "runs" / "one"))
     runs = [run.model_copy(update={"row": {"s": score}}) for score in (0.9, 0.91, 0.92109)]
     assert compare.Repeated("one", runs[2:]).shown("s") == "92.10"
     assert compare.Repeated("two", runs[:2]).shown("s") == "90.50 ± 0.50"
@@ -190,7 +180,7 @@ def test_a_row_shows_scores_that_were_reached(root):
 
 def test_a_table_takes_the_place_of_folders_but_has_no_intervals(root):
     folders = {"base": 0.7, "0815": 0.6}  # a name is a text, whatever it looks like
-    runs = [read(write_run(root / "runs" / name, skill)) for name, skill in folders.items()]
+    runs = [read_folder(write_run(root / "runs" / name, skill)) for name, skill in folders.items()]
     runs[0].row["test.iou.border"] = None
     write_table(root / "table.csv", to_table(runs))
     again, left_out = find_runs("table.csv")
@@ -208,7 +198,7 @@ def test_a_table_takes_the_place_of_folders_but_has_no_intervals(root):
 
 
 def test_the_images_that_gained_and_lost_most_are_found(root):
-    run = read(write_run(root / "runs" / "one"))
+    run = read_folder(write_run(root / "runs" / "one"))
     counts = {name: one.copy() for name, one in run.counts["test"].items()}
     for name, pixels in (("pug_7", 9), ("pug_8", -9)):
         counts[name][:2] += (pixels, -pixels)
@@ -226,16 +216,12 @@ METRICS, HISTORY, IMAGES = "metrics.json", "history.csv", "images.csv"
 BROKEN = {  # a file, a text in it, and what takes its place
     "garbage": (METRICS, "", "\x80\xff garbage"),
     "half": (METRICS, '"valid": {', ""),
-    "empty": (METRICS, "", ""),
     "a list": (METRICS, "", "[1, 2]"),
-    "a number": (METRICS, "", "7"),
-    "null": (METRICS, "", "null"),
     "nested too deep": (METRICS, "", "[" * 100_000),
     "no history": (HISTORY, "", None),
     "empty history": (HISTORY, "", ""),
     "history without a column": (HISTORY, "train_loss", "loss"),
     "history of words": (HISTORY, "12.5", "long"),
-    "history of NUL": (HISTORY, "12.5", "12.5\0"),
     "other keys": (METRICS, '"test": {', '"accuracy": {'),
     "test a text": (METRICS, '"test": {', '"test": "good", "others": {'),
     "no parameters": (METRICS, '"parameters": {', '"others": {'),
@@ -246,7 +232,6 @@ BROKEN = {  # a file, a text in it, and what takes its place
     "other classes": (METRICS, '"pet": ', '"cat": '),
     "a score of 7": (METRICS, '"mean_iou": 0', '"mean_iou": 7'),
     "a score that is no number": (METRICS, '"mean_iou": ', '"mean_iou": NaN, "other": '),
-    "an accuracy of words": (METRICS, '"pixel_accuracy": ', '"pixel_accuracy": "high", "x": '),
     "images a text": (METRICS, '"images": 40', '"images": "many"'),
     "endless seconds": (METRICS, '"seconds": 12.5', '"seconds": Infinity'),
     "images without a column": (IMAGES, "pet_as_pet", "pets"),
@@ -297,10 +282,8 @@ def test_all_that_comes_from_a_file_is_escaped(root):
     damage(folder / METRICS, '"nearest"', '"<script>alert(2)</script>"')
     (rows,) = compare.group_runs(find_runs("runs/*")[0]).values()
     page = pets.html_table(compare.comparison(rows, None)) + compare.links(rows)
-    assert "<script" not in page
-    assert "<img" not in page
-    assert "&lt;script&gt;" in page
-    assert "&lt;img" in page
+    assert not any(tag in page for tag in ("<script", "<img"))
+    assert all(tag in page for tag in ("&lt;script&gt;", "&lt;img"))
     quoted = "%3Cimg%20src%3Dx%20onerror%3Dalert%281%29%3E%26amp%3B"
     assert f'href="../runs/{quoted}/notebook.ipynb"' in page
 

@@ -15,7 +15,7 @@ import torch
 from damage import damage
 
 import petseg_utils as pets
-from experiments import ablations, norm_statistics, peer, score, sweep, throughput
+from experiments import score, studies, sweep, throughput
 from experiments.command import as_script
 from experiments.compare import group_runs
 from experiments.read_runs import check_run, find_runs, read_table
@@ -26,30 +26,21 @@ SHOWN = (FOLDER / "README.md").read_text(encoding="utf-8")
 KEPT = pets.ROOT / "notebooks" / "oxford_run"
 
 
-PRINTED = {
-    "ablations": lambda: ablations.main(),
-    "optimisers": lambda: ablations.main("optimisers"),
-    "norm_statistics": norm_statistics.main,
-    "peer": peer.main,
-    "throughput": lambda: print(throughput.table(*map(headline, ("float32", "bfloat16")))),
-}
-
-
-def headline(precision: str) -> dict:
-    """Return the kept figures of the speed in a precision."""
-    text = (FOLDER / f"throughput_{precision}.json").read_text(encoding="utf-8")
-    return json.loads(text)["headline"]
-
-
-@pytest.mark.parametrize("name", PRINTED)
-def test_the_table_that_is_shown_is_what_the_module_prints(name, capsys):
-    assert not PRINTED[name]()
+@pytest.mark.parametrize("name", [*studies.GRIDS, *studies.STUDIES])
+def test_the_table_that_is_shown_is_what_the_study_prints(name, capsys):
+    studies.main(name)
     printed = capsys.readouterr().out
     assert printed.count("\n") > 5
     assert printed in SHOWN
 
 
-@pytest.mark.parametrize("grid", ablations.GRIDS)
+def test_the_speed_that_is_shown_is_what_was_measured():
+    files = [FOLDER / f"throughput_{precision}.json" for precision in ("float32", "bfloat16")]
+    kept = [json.loads(file.read_text(encoding="utf-8"))["headline"] for file in files]
+    assert throughput.table(*kept) in SHOWN
+
+
+@pytest.mark.parametrize("grid", studies.GRIDS)
 def test_the_kept_runs_are_those_of_the_grid_and_a_change_repeats_one_recipe(grid):
     wanted = sweep.read_grid(FOLDER / f"{grid}.json")
     kept, _ = find_runs(f"experiments/{grid}.csv")
@@ -63,10 +54,10 @@ def test_the_kept_runs_are_those_of_the_grid_and_a_change_repeats_one_recipe(gri
         assert [run.name for run in row.runs] == [f"{row.name}_seed_0", f"{row.name}_seed_1"]
 
 
-@pytest.mark.parametrize("grid", ablations.GRIDS)
+@pytest.mark.parametrize("grid", studies.GRIDS)
 def test_a_gain_lies_within_its_interval_and_a_rows_scores_are_means_of_its_seeds(grid):
     kept = read_table(FOLDER / f"{grid}.csv")
-    table = ablations.table(ablations.read_results(FOLDER / f"{grid}.csv"))
+    table = studies.grid_table(studies.read_results(FOLDER / f"{grid}.csv"))
     rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
     assert 2 * len(rows) == len(kept)
     for row, first, second in zip(rows, kept[::2], kept[1::2], strict=True):
@@ -85,9 +76,9 @@ def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
         counts = {f"image_{i}": matrix + more * (np.arange(9) == i % 9) for i in range(20)}
         row = template.row | {"name": f"ablations_{change}_seed_0"}
         runs.append(template.model_copy(update={"row": row, "counts": {"test": counts}}))
-    ablations.write_results(runs, "ablations", tmp_path / "table.csv")
+    studies.write_results(runs, "ablations", tmp_path / "table.csv")
 
-    rows = ablations.read_results(tmp_path / "table.csv")
+    rows = studies.read_results(tmp_path / "table.csv")
     assert list(rows.index) == [("base", "0"), ("no_skips", "0")]
     assert rows["gain_low"].isna().tolist() == [True, False]
     assert rows["gain_low"].iloc[1] < rows["gain_high"].iloc[1]
@@ -96,65 +87,57 @@ def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
     assert again[1].recipe == template.recipe
 
 
-def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch, capsys):
+def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(
+    tmp_path, monkeypatch, capsys, complains
+):
     (tmp_path / "oxford-iiit-pet").mkdir()
-    shutil.copy(ablations.GRIDS["ablations"], tmp_path)
+    shutil.copy(studies.GRIDS["ablations"], tmp_path)
     table = tmp_path / "ablations.csv"
     table.write_text("kept")
     outcomes = [
         {"run": KEPT.name, "outcome": "made", "why": ""},
         {"run": "x", "outcome": "failed", "why": "no disk"},
     ]
-    monkeypatch.setattr(ablations, "GRIDS", {"ablations": tmp_path / "ablations.json"})
+    monkeypatch.setattr(studies, "GRIDS", {"ablations": tmp_path / "ablations.json"})
     monkeypatch.setattr(sweep, "make_runs", lambda runs, cluster: outcomes)
-    monkeypatch.setattr(ablations, "find_runs", lambda folders: ([], []))
-    assert ablations.main(str(tmp_path)) == 1
+    monkeypatch.setattr(studies, "find_runs", lambda folders: ([], []))
+    with complains("the kept table stays"):
+        studies.main("ablations", str(tmp_path))
     assert "failed x: no disk" in capsys.readouterr().out
     assert table.read_text() == "kept"
 
 
 def test_the_peer_trains_by_the_recipe_that_it_records():
+    muon, adamw = studies.peer_recipes().values()
+    assert (muon.MUON, adamw.MUON, muon.BASE_CHANNELS) == (True, False, 32)
+    assert adamw.but(MUON=True, LEARNING_RATE=muon.LEARNING_RATE) == muon  # and in nothing else
     small = {"IMAGE_SIZE": 16, "DEPTH": 2, "BASE_CHANNELS": 4, "BATCH_SIZE": 4, "EPOCHS": 2}
-    recipe = peer.recipes()["AdamW"].but(**small)
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 3, 1)
-    )
+    recipe = adamw.but(**small)
+    net = pets.conv_plus_conv(3, 3)
     before = net[0].weight.clone()
-    result = peer.train_and_score(net, (throughput.random_pets(8, 16),) * 3, recipe)
+    result = studies.train_and_score(net, (throughput.random_pets(8, 16),) * 3, recipe)
     assert not torch.equal(net[0].weight, before)
     assert pets.Recipe(**result["recipe"]) == recipe
     assert result["test"]["confusion_matrix"]
     assert result["parameters"] == sum(p.numel() for p in net.parameters())
 
 
-def test_both_optimisers_of_the_peer_differ_in_nothing_else():
-    muon, adamw = peer.recipes().values()
-    assert muon.MUON
-    assert not adamw.MUON
-    assert adamw.but(MUON=True, LEARNING_RATE=muon.LEARNING_RATE) == muon
-    assert muon.BASE_CHANNELS == 32
-
-
 def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
     """What keeps freed memory must not be in the process of the plain step: here, threads."""
     order = []
 
-    def measure(name: str, _threads: int) -> int:
+    def measure(name: str) -> int:
         order.append((name, threading.get_ident()))
         return len(order)
 
-    def one_thread(workers: int, _context: object) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(workers)
-
     monkeypatch.setattr(throughput, "measure", measure)
-    monkeypatch.setattr(throughput, "ProcessPoolExecutor", one_thread)
+    monkeypatch.setattr(throughput, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     seconds = throughput.in_turns()
     names = list(throughput.HEADLINE)
     assert [name for name, _ in order] == names * 6
     assert len(set(order)) == len({thread for _, thread in order}) == len(names)
     assert seconds["plain"] == len(names) + 1  # the least after the round that warms up
-    not_kept = [name for name, (keep, _) in throughput.HEADLINE.items() if not keep]
-    assert not_kept == ["plain", "memory not kept"]
+    assert [n for n in names if not throughput.HEADLINE[n][0]] == ["plain", "memory_not_kept"]
 
 
 # ----------------------------------------------------------------------------------------- score.py
@@ -162,16 +145,14 @@ def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
 
 METRICS = "metrics.json"
 DAMAGED = {  # beside what compare_runs.ipynb refuses as well, in test_compare.py
-    "a list": (METRICS, "", "[1, 2]"),
-    "nested too deep": (METRICS, "", "[" * 100_000),
-    "a parameter missing": (METRICS, '"SKIPS": true,', ""),
-    "a stranger among them": (METRICS, '"SKIPS": true,', '"SKIPS": true, "EPOCH": 3,'),
-    "a text for a number": (METRICS, '"DEPTH": 5', '"DEPTH": "5"'),
-    "out of range": (METRICS, '"IMAGE_SIZE": 256', '"IMAGE_SIZE": -128'),
-    "a huge net": (METRICS, '"BASE_CHANNELS": 32', '"BASE_CHANNELS": 1000000000'),
-    "another dataset": (METRICS, '"DATASET": "oxford"', '"DATASET": "sample"'),
-    "another net": (METRICS, '"BASE_CHANNELS": 32', '"BASE_CHANNELS": 16'),
-    "other images": (METRICS, '"images": 12', '"images": 3'),
+    "a parameter missing": ('"SKIPS": true,', ""),
+    "a stranger among them": ('"SKIPS": true,', '"SKIPS": true, "EPOCH": 3,'),
+    "a text for a number": ('"DEPTH": 5', '"DEPTH": "5"'),
+    "out of range": ('"IMAGE_SIZE": 256', '"IMAGE_SIZE": -128'),
+    "a huge net": ('"BASE_CHANNELS": 32', '"BASE_CHANNELS": 1000000000'),
+    "another dataset": ('"DATASET": "oxford"', '"DATASET": "sample"'),
+    "another net": ('"BASE_CHANNELS": 32', '"BASE_CHANNELS": 16'),
+    "other images": ('"images": 12', '"images": 3'),
 }
 
 
@@ -187,33 +168,32 @@ def run_copy(tmp_path) -> Path:
 
 
 @pytest.fixture
-def no_long_work(monkeypatch):
-    """Make loading the images of a split a failure."""
-    monkeypatch.setattr(pets, "load_pets", lambda *_, **__: pytest.fail("the long work began"))
+def refuses(run_copy, sample, complains, monkeypatch):
+    """Return what expects one sentence of the scoring of the copy, before it loads images."""
+
+    def refuses() -> None:
+        monkeypatch.setattr(pets, "load_pets", lambda *_, **__: pytest.fail("the long work began"))
+        with complains():
+            score.main(str(sample.parent), str(run_copy))
+
+    return refuses
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_run_is_refused_in_a_sentence_before_the_work(
-    name, run_copy, sample, no_long_work, complains
-):
-    file, old, new = DAMAGED[name]
-    damage(run_copy / file, old, new)
-    with complains():
-        score.main(str(sample.parent), str(run_copy))
+def test_a_damaged_run_is_refused_in_a_sentence_before_the_work(name, run_copy, refuses):
+    damage(run_copy / METRICS, *DAMAGED[name])
+    refuses()
 
 
 @pytest.mark.parametrize("file", [METRICS, "history.csv", "weights.pt"])
 @pytest.mark.parametrize("what", ["missing", "empty", "a folder"])
 def test_a_file_that_is_none_is_refused_in_a_sentence_before_the_work(
-    file, what, run_copy, sample, no_long_work, complains
+    file, what, run_copy, refuses
 ):
-    (run_copy / file).unlink()
-    if what == "empty":
-        (run_copy / file).touch()
-    if what == "a folder":
-        (run_copy / file).mkdir()
-    with complains():
-        score.main(str(sample.parent), str(run_copy))
+    path = run_copy / file
+    path.unlink()
+    {"missing": list, "empty": path.touch, "a folder": path.mkdir}[what]()
+    refuses()
 
 
 @pytest.mark.parametrize(
@@ -265,7 +245,7 @@ def test_statistics_that_training_gathered_replace_those_that_were_measured():
     with torch.no_grad():
         model.downs[0][1].running_mean.fill_(7)
         model.downs[0][1].weight.fill_(5)
-    gathered = norm_statistics.with_statistics_of(averaged, model).downs[0][1]
+    gathered = studies.with_statistics_of(averaged, model).downs[0][1]
     assert gathered.running_mean.eq(7).all()
     assert gathered.weight.eq(1).all()
     assert averaged.downs[0][1].running_mean.eq(0).all()

@@ -108,7 +108,7 @@ def test_a_recipe_by_name_and_the_data_come_before_papermills_own_options(compla
     own = ["-p", "SMALL_EPOCHS", "1 at 64", "-p", "SEED", "1"]
     files = ["-f", str(RECIPES["best"]), "-r", "DATA_DIR", "a b"]
     assert run_notebook.read(["--data", "a b", *own, "--recipe", "best"]) == [*files, *own]
-    with complains("no recipe 'bset': name one of best, laptop, quick"):
+    with complains("--recipe", "invalid choice: 'bset'", "best", "laptop", "quick"):
         run_notebook.read(["--recipe", "bset"])
     with complains("--data"):
         run_notebook.read(["--data"])
