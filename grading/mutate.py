@@ -131,7 +131,7 @@ def main() -> None:
         verdict = "green" if passed else why if right else f"{why}; it should say {mutant.why!r}"
         print(f"{'ok   ' if right else 'WRONG'} {mutant.name}: {criterion.id}, {verdict}")
     minutes = (time.monotonic() - start) / 60
-    print(f"{len(chosen)} mutants, {len(wrong)} judged wrongly {wrong}, in {minutes:.1f} min")
+    print(f"{len(chosen)} graded, {len(wrong)} judged wrongly {wrong}, in {minutes:.1f} min")
     sys.exit(bool(wrong))
 
 
