@@ -5,43 +5,33 @@ import sys
 import time
 from pathlib import Path
 
-from grading.grade import (
-    ROOT,
-    expected_tests,
-    find_all,
-    grade,
-    prepare,
-    read_rubric,
-    show,
-    total,
-    write,
-)
+from grading import grade as grader
 from grading.hand_ins import grade_class
 
 
 def main() -> None:
     """Grade, print the rubric, write the files; exit with 0 at or above the pass mark."""
     parser = argparse.ArgumentParser(description="Grade hand-ins by grading/rubric.toml.")
-    add = parser.add_argument
-    add("--hand-in", type=Path, default=ROOT, help="its folder; the project itself unless given")
+    add, root = parser.add_argument, grader.ROOT
+    add("--hand-in", type=Path, default=root, help="its folder; the project itself unless given")
     add("--hand-ins", type=Path, help="a folder in which every folder is a hand-in; needs --out")
     add("--out", type=Path, help="folder for grade.json, grade.md and junit.xml (and grades.csv)")
     add("--quick", action="store_true", help="judge the module alone")
     add("--hints", action="store_true", help="add a hint for every criterion that is not met")
     given = parser.parse_args()
     start = time.monotonic()
-    rubric = read_rubric(quick=given.quick)
+    rubric = grader.read_rubric(quick=given.quick)
     if given.hand_ins:
         sys.exit(grade_class(given.hand_ins, given.out, rubric))
-    hand_in = find_all(given.hand_in)
-    prepare()
-    graded = grade(hand_in, rubric, expected_tests(rubric.criteria), 4)
-    show(graded, given.hints)
-    whole, seconds = total(graded.results, rubric.pass_mark), time.monotonic() - start
-    print(f"{whole}: {'passed' if whole.passed else 'NOT passed'}, in {seconds:.0f} s.")
+    hand_in = grader.read_hand_in(given.hand_in)
+    grader.prepare()
+    graded = grader.grade(hand_in, rubric, grader.expected_tests(rubric.criteria), workers=4)
+    grader.show(graded, given.hints)
+    seconds = time.monotonic() - start
+    print(f"{graded}: {'passed' if graded.passed else 'NOT passed'}, in {seconds:.0f} s.")
     if given.out:
-        write(given.out, graded, rubric.pass_mark, seconds)
-    sys.exit(not whole.passed)
+        grader.write(given.out, graded, seconds)
+    sys.exit(not graded.passed)
 
 
 if __name__ == "__main__":

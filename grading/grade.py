@@ -15,10 +15,8 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -32,15 +30,12 @@ from grading.sandbox import Job, Outcome, report, run_jobs
 ROOT = Path(__file__).resolve().parent.parent
 MODULE, NOTEBOOK = Path("petseg_utils.py"), Path("notebooks/pet_segmentation.ipynb")
 HEAVY = (
-    "matplotlib.pyplot",
-    "pydantic.main",
-    "sklearn.metrics",
-    "torchvision.datasets",
-    "torchvision.transforms.v2",
+    *("matplotlib.pyplot", "pydantic.main", "sklearn.metrics"),
+    *("torchvision.datasets", "torchvision.transforms.v2"),
 )
 CANARY = Path("grading/canary.py")
 OWN_FOLDERS = ("tests", "grading", "support", "shapes")  # nothing in them is handed in
-UNWRITTEN = re.compile(r"NotImplementedError: (Write [\w.]+: .*)")
+UNWRITTEN = re.compile(r"NotImplementedError: Write ([\w.]+): (.*?)\.? \([\w/.]+::")
 CHANGES = "it changes what judges it"
 LIMIT = 60  # for a criterion that doesn't say otherwise
 LARGEST = 50 * 2**20  # bytes of a file handed in
@@ -79,6 +74,12 @@ class Criterion(NamedTuple):
         return self.id if self.seconds > LIMIT else "notebook" if self.notebook else "module"
 
 
+def join(name: str, criteria: list[Criterion], seconds: float) -> Criterion:
+    """Return criteria of one kind as one, so that a single process judges them."""
+    tests = [test for criterion in criteria for test in criterion.tests]
+    return Criterion(name, 0, "", tests, criteria[0].notebook, seconds=seconds)
+
+
 class Result(NamedTuple):
     """What a hand-in got for a criterion, and why not all of it."""
 
@@ -86,6 +87,10 @@ class Result(NamedTuple):
     passed: bool
     why: str
     seconds: float
+
+    @property
+    def points(self) -> int:
+        return self.criterion.points * self.passed
 
 
 class Rubric(NamedTuple):
@@ -100,11 +105,8 @@ def read_rubric(quick: bool = False) -> Rubric:
     """Read the rubric; `quick` leaves out the criteria of the notebook."""
     content = tomllib.loads((ROOT / "grading" / "rubric.toml").read_text(encoding="utf-8"))
     criteria = [Criterion(**row) for row in content["criterion"]]
-    return Rubric(
-        [c for c in criteria if not (quick and c.notebook)],
-        content["pass_mark"],
-        content["seconds"],
-    )
+    kept = [c for c in criteria if not (quick and c.notebook)]
+    return Rubric(kept, content["pass_mark"], content["seconds"])
 
 
 # ------------------------------------------------------------------- staging
@@ -113,66 +115,59 @@ Files = dict[Path, bytes]  # by their place in a staged folder
 
 
 class HandIn(NamedTuple):
-    """What is graded: a module, a notebook, and other Python files by their place."""
+    """What is graded: the module, the notebook, and other Python files."""
 
-    module: Path
-    notebook: Path
-    others: Files = MappingProxyType({})
+    files: Files
     run: str = ""  # names the run of its notebook if it has the same code as others
 
 
-def find(hand_in: Path, file: Path) -> Path:
+def read_file(folder: Path, file: Path) -> bytes:
     """Return a hand-in's file, or the project's own if it lacks it. Errors: SystemExit if odd."""
-    path = hand_in / file
-    if path.is_symlink() or path.parent.resolve() != hand_in.resolve() / file.parent:
+    path = folder / file
+    if path.is_symlink() or path.parent.resolve() != folder.resolve() / file.parent:
         sys.exit(f"{path} is a link: hand in the file itself.")
     if not path.exists():
-        return ROOT / file
+        return (ROOT / file).read_bytes()
     if not path.is_file() or path.stat().st_size > LARGEST:
         sys.exit(f"{path} is no file of at most {LARGEST // 2**20} MiB: hand in the file itself.")
-    return path.absolute()
+    return path.read_bytes()
 
 
-def find_all(folder: Path) -> HandIn:
-    """Return what a folder hands in; nothing but these two replaces a file of the grader's."""
+def read_hand_in(folder: Path) -> HandIn:
+    """Return what a folder hands in; only the module and the notebook replace the grader's own."""
     if not any((folder / file).exists() for file in (MODULE, NOTEBOOK)):
         sys.exit(f"{folder} holds neither {MODULE} nor {NOTEBOOK}: name the folder of a hand-in.")
-    found = [*folder.glob("*.py"), *folder.glob("notebooks/*.py"), *folder.glob("*/__init__.py")]
-    packages = {path.parent for path in found if path.name == "__init__.py"}
-    found += [path for package in packages for path in package.rglob("*.py")]
-    others = {}
-    for path in sorted({path.relative_to(folder) for path in found}):
+    found = {*folder.glob("*.py"), *folder.glob("notebooks/*.py")}
+    for package in folder.glob("*/__init__.py"):
+        found |= set(package.parent.rglob("*.py"))
+    places = [MODULE, NOTEBOOK]
+    for path in sorted(path.relative_to(folder) for path in found):
         own = path.parts[0] in OWN_FOLDERS or (ROOT / path).exists() or path.name == "conftest.py"
-        if not own:
-            others[path] = find(folder, path).read_bytes()
-    return HandIn(find(folder, MODULE), find(folder, NOTEBOOK), others)
+        places += [] if own else [path]
+    return HandIn({place: read_file(folder, place) for place in places})
 
 
 def copy_around_notebooks(folder: Path) -> None:
     """Copy into a folder what lies beside the project's notebooks, but no notebook."""
-    shutil.copytree(
-        ROOT / "notebooks",
-        folder / "notebooks",
-        ignore=shutil.ignore_patterns("*.ipynb", ".*", "__*"),
-        dirs_exist_ok=True,
-    )
+    own = shutil.ignore_patterns("*.ipynb", ".*", "__*")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=own, dirs_exist_ok=True)
 
 
 @cache
 def grader_files() -> Files:
     """Return all that a criterion needs beside the hand-in."""
     paths = [path for name in (".", *OWN_FOLDERS) for path in (ROOT / name).glob("*.py")]
-    return {path.relative_to(ROOT): path.read_bytes() for path in (*paths, ROOT / "pyproject.toml")}
+    paths = sorted([*paths, ROOT / "pyproject.toml"])
+    return {path.relative_to(ROOT): path.read_bytes() for path in paths}
 
 
-def stage(folder: Path, files: Files, notebook: bytes | None = None) -> Path:
-    """Write files into a new folder, perhaps with a notebook and what lies beside it."""
-    if notebook is not None:
+def stage(folder: Path, files: Files) -> Path:
+    """Write files into a new folder; beside a notebook, also what it finds there."""
+    if NOTEBOOK in files:
         copy_around_notebooks(folder)
         fonts = folder / ".matplotlib"  # the list of them takes kernels seconds to make
         shutil.copytree(matplotlib.get_cachedir(), fonts)
         os.environ["MPLCONFIGDIR"] = str(fonts)
-        files = files | {NOTEBOOK: notebook}
     for target, content in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         (folder / target).write_bytes(content)
@@ -180,6 +175,14 @@ def stage(folder: Path, files: Files, notebook: bytes | None = None) -> Path:
 
 
 # ---------------------------------------------------------- running pytest, in a process of its own
+
+
+OPTIONS = [
+    *("-c", "pyproject.toml", "-s", "-q", "--color=no", "-pno:cacheprovider"),
+    "--tb=native",  # the others parse the module for every failure
+    "-pno:unraisableexception",  # it collects garbage, for half a second
+    "-pno:legacypath",  # it replaces functions of pytest
+]
 
 
 class Reporter:
@@ -219,11 +222,7 @@ def run_pytest(folder: Path, tests: list[str], *options: str, guarded: bool = Tr
     """Run tests in a staged folder, guarded where it holds a module that was handed in."""
     os.chdir(folder)
     torch.set_num_threads(1)
-    sys.path[:1] = [str(folder)]
-    options = (*options, "-c", "pyproject.toml", "-p", "no:cacheprovider", "-s", "-q", "--color=no")
-    options = (*options, "--tb=native")  # the others parse the module for every failure
-    options = (*options, "-p", "no:unraisableexception")  # it collects garbage, for half a second
-    options = (*options, "-p", "no:legacypath")  # it replaces functions of pytest
+    sys.path.insert(0, str(folder))
     if guarded:
         sys.audit("grading.start", str(folder))
     try:
@@ -234,7 +233,7 @@ def run_pytest(folder: Path, tests: list[str], *options: str, guarded: bool = Tr
         sys.modules.pop(path.stem, None)  # of the hand-in's, where the grader's will be imported
     report({"module handed in": module == folder / MODULE})
     reporter = Reporter()
-    pytest.main([*options, *tests], plugins=[reporter])
+    pytest.main([*OPTIONS, *options, *tests], plugins=[reporter])
     for end in reporter.ends:
         report(end)
 
@@ -242,8 +241,6 @@ def run_pytest(folder: Path, tests: list[str], *options: str, guarded: bool = Tr
 def plain(why: str) -> str:
     """Return pytest's reason in the words of the rubric's tests: expected, found."""
     why = why.removeprefix("AssertionError: ").removeprefix("Failed: ")
-    if unwritten := UNWRITTEN.match(why):
-        return unwritten[1]
     if why.startswith("DID NOT RAISE "):
         return f"expected an {why.removeprefix('DID NOT RAISE ')}, found none"
     if why.startswith("assert "):
@@ -256,22 +253,19 @@ def judge(criterion: Criterion, expected: list[str], outcome: Outcome) -> Result
     """Turn what a process reported into a verdict with its reason."""
     ends = [r for r in outcome.reports if "test" in r]
     verdicts = {r["test"]: r for r in ends if r["outcome"] != "passed"}
-    passed = {r["test"] for r in ends if r["outcome"] == "passed"} - set(verdicts)
-    started, broken, tampered = (
-        [r[kind] for r in outcome.reports if kind in r]
-        for kind in ("started", "broken", "tampered")
-    )
-    failed = [nodeid for nodeid in expected if nodeid in verdicts]
+    passed = {r["test"] for r in ends} - verdicts.keys()
+    kinds = ("started", "broken", "tampered")
+    started, broken, tampered = ([r[k] for r in outcome.reports if k in r] for k in kinds)
     canaries = [nodeid for nodeid in started if not (ROOT / nodeid.partition("::")[0]).exists()]
     where = started[-1] if started else "the import of petseg_utils"
     if tampered:
         why = f"{CHANGES}, {tampered[0]}: a teacher has to look at it"
     elif broken:
         why = f"the module or its tests can't be loaded: {broken[0]}"
-    elif failed:
-        first = verdicts[failed[0]]
+    elif failed := [verdicts[nodeid] for nodeid in expected if nodeid in verdicts]:
+        first = failed[0]
         kind = "" if first["outcome"] == "failed" else f"{first['outcome']}, "
-        why = f"{kind}{plain(first['why'])} ({failed[0]})"
+        why = f"{kind}{plain(first['why'])} ({first['test']})"
     elif outcome.end == "killed":
         limit = f"took longer than {outcome.seconds:.0f} s, or reported or wrote too much"
         why = f"it {limit}, and was stopped in {where}"
@@ -284,8 +278,8 @@ def judge(criterion: Criterion, expected: list[str], outcome: Outcome) -> Result
     elif {"module handed in": True} not in outcome.reports:
         why = "the module that was tested is not the one handed in"
     else:
-        return Result(criterion, True, "", outcome.seconds)
-    return Result(criterion, False, why, outcome.seconds)
+        why = ""
+    return Result(criterion, not why, why, outcome.seconds)
 
 
 def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
@@ -293,17 +287,15 @@ def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
     tests = sorted({test for criterion in criteria for test in criterion.tests})
     # Files by name: a test that is absent would hide all others.
     names = sorted({test.partition("::")[0] for test in tests})
-    files = grader_files()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary).resolve()
-        work = Job("", lambda _: run_pytest(stage(folder, files), names, "--collect-only"), LIMIT)
-        reports = run_jobs([work], 1, LIMIT)[""].reports
+        staged = partial(stage, Path(temporary).resolve(), grader_files())
+        job = Job("", lambda: run_pytest(staged(), names, "--collect-only"), LIMIT)
+        reports = run_jobs([job], 1, LIMIT)[""].reports
     if broken := [report["broken"] for report in reports if "broken" in report]:
         sys.exit(f"{ROOT / MODULE} or its tests can't be loaded: {broken[0]}")
     ids = next((report["collected"] for report in reports if "collected" in report), [])
     found = {
-        test: [nodeid for nodeid in ids if nodeid == test or nodeid.startswith(f"{test}[")]
-        for test in tests
+        test: [some for some in ids if test in (some, some.partition("[")[0])] for test in tests
     }
     if absent := [test for test in tests if not found[test]]:
         sys.exit(f"rubric.toml names {absent[0]}, which is not there.")
@@ -320,7 +312,7 @@ def pictures() -> tempfile.TemporaryDirectory:
 
     drawn = tempfile.TemporaryDirectory(prefix="pictures-")
     folder, seed = Path(drawn.name).resolve(), int(os.environ["GRADED_SEED"])
-    job = Job("", lambda _: draw_pictures(folder, seed), LIMIT, writable=folder, readable=[ROOT])
+    job = Job("", lambda: draw_pictures(folder, seed), LIMIT, writable=folder, readable=[ROOT])
     if run_jobs([job], 1, LIMIT)[""].end != "finished":
         sys.exit(f"No pictures can be drawn into {folder}: make room, or give the machine time.")
     return drawn
@@ -331,33 +323,31 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion]) -> dict[str, 
 
     Each computes on one thread: what a net learns depends on how many there are.
     """
-    own, jobs = grader_files(), {}
-    files = {**own, **hand_in.others, MODULE: hand_in.module.read_bytes()}
-    notebook = hand_in.notebook.read_bytes()
+    own, jobs, seen = grader_files(), {}, [ROOT]
+    files = own | hand_in.files
+    of_module = {place: content for place, content in files.items() if place != NOTEBOOK}
     run = folder.parent / (hand_in.run or f"{folder.name}-run")
-    seen = [ROOT]
     if any(c.notebook for c in criteria):
         from grading.notebook import SECONDS, execute, quiz_of  # the student edition does without
 
         drawn = Path(pictures().name).resolve()
         seen.append(drawn)
 
-        def execute_notebook(_: Callable[[dict], None]) -> None:
-            execute(stage(run, files, notebook), drawn / "new")
+        def execute_notebook() -> None:
+            execute(stage(run, files), drawn / "new")
             report({"quiz": quiz_of(run / "executed.ipynb")})
 
         run.mkdir(parents=True, exist_ok=True)
         jobs["run"] = Job(str(run), execute_notebook, SECONDS, writable=run, readable=seen)
 
-    def work_on(c: Criterion, _: Callable[[dict], None]) -> None:
+    def work_on(c: Criterion) -> None:
         canary = Path("tests") / f"test_{secrets.token_hex(4)}.py"  # a name like any other
-        used = (own if c.notebook else files) | {canary: own[CANARY]}
+        used = (own if c.notebook else of_module) | {canary: own[CANARY]}
         if c.notebook:
-            stored = stage(folder / f"{c.id}-stored", files, notebook)
+            stored = stage(folder / f"{c.id}-stored", files)
             os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
             os.environ["GRADED_PICTURES"] = str(drawn)
-        tests = [*c.tests, str(canary)]
-        run_pytest(stage(folder / c.id, used), tests, guarded=not c.notebook)
+        run_pytest(stage(folder / c.id, used), [*c.tests, str(canary)], guarded=not c.notebook)
 
     for c in criteria:
         job = Job(str(folder / c.id), partial(work_on, c), c.seconds, readable=seen)
@@ -382,22 +372,39 @@ def attempt(
 
 
 class Grade(NamedTuple):
-    """A result for every criterion, and what has to be said once."""
+    """A result for every criterion, what has to be said once, and the pass mark in per cent."""
 
     results: list[Result]
     notes: list[str]
+    pass_mark: float
+
+    @property
+    def points(self) -> int:
+        return sum(result.points for result in self.results)
+
+    @property
+    def of(self) -> int:
+        return sum(result.criterion.points for result in self.results)
+
+    @property
+    def passed(self) -> bool:
+        return 100 * self.points >= self.pass_mark * self.of
+
+    def __str__(self) -> str:
+        share = f"({100 * self.points / self.of:.0f} %)"
+        return f"{self.points} of {self.of} points {share}, pass mark {self.pass_mark} %"
 
 
 def grade(hand_in: HandIn, rubric: Rubric, expected: dict[str, list[str]], workers: int) -> Grade:
     """Grade a hand-in: what is quick in one process, and alone what failed there for its module."""
-    kinds = {c.id: c.kind for c in rubric.criteria}
-    together = {kind: Criterion(kind, 0, "", [], kind != "module") for kind in kinds.values()}
+    kinds = {}
     for c in rubric.criteria:
-        most = max(together[c.kind].seconds, c.seconds, 2 * LIMIT)
-        together[c.kind] = together[c.kind]._replace(seconds=most)
-        together[c.kind].tests.extend(c.tests)
-    [ends] = attempt([(hand_in, list(together.values()))], rubric.seconds, workers)
-    outcomes, whole = {c: ends[kind] for c, kind in kinds.items()}, ends["module"]
+        kinds.setdefault(c.kind, []).append(c)
+    joined = [
+        join(kind, some, max(2 * LIMIT, *(c.seconds for c in some))) for kind, some in kinds.items()
+    ]
+    [ends] = attempt([(hand_in, joined)], rubric.seconds, workers)
+    outcomes, whole = {c.id: ends[c.kind] for c in rubric.criteria}, ends["module"]
     imported = any("module handed in" in report for report in whole.reports)
     if imported and not any("tampered" in report for report in whole.reports):
         of_module = [c for c in rubric.criteria if not c.notebook]
@@ -406,75 +413,54 @@ def grade(hand_in: HandIn, rubric: Rubric, expected: dict[str, list[str]], worke
     results = [judge(c, expected[c.id], outcomes[c.id]) for c in rubric.criteria]
     reports = ends["run"].reports if "run" in ends else []
     quiz = [report["quiz"] for report in reports if "quiz" in report]
-    return told_once(results, imported, quiz)
+    return tell_once(Grade(results, quiz, rubric.pass_mark), imported)
 
 
-def told_once(results: list[Result], imported: bool, notes: list[str]) -> Grade:
+def tell_once(graded: Grade, imported: bool) -> Grade:
     """Tell once what is the reason of many criteria; who changes what judges gets nothing."""
+    results, notes, _ = graded
     if tampered := [r.why for r in results if r.why.startswith(CHANGES)]:
-        return Grade([r._replace(passed=False, why=tampered[0]) for r in results], notes)
+        nothing = [r._replace(passed=False, why=tampered[0]) for r in results]
+        return graded._replace(results=nothing)
+    if not imported:
+        why = next(r.why for r in results if not r.criterion.notebook)
+        error = why.partition("loaded: ")[2] or why
+        absent = "ModuleNotFoundError" in error
+        only = " Only what requirements.txt names is there, and what was handed in." * absent
+        notes = [f"{MODULE} can't be imported: {error.rstrip('.')}.{only}", *notes]
     told, again = set(), []
     for result in results:
-        why, c = result.why, result.criterion
-        if not imported and why and not c.notebook:
-            if not told:
-                told.add(why)
-                error = why.partition("loaded: ")[2] or why
-                absent = "ModuleNotFoundError" in error
-                only = " Only what requirements.txt names is there, and what was handed in."
-                note = f"{MODULE} can't be imported: {error.rstrip('.')}.{only * absent}"
-                notes = [note, *notes]
+        why = result.why
+        if not imported and not result.criterion.notebook:
             why = f"{MODULE} can't be imported"
-        elif unwritten := re.match(r"Write ([\w.]+): (.*?)\.? \([\w/.]+::", why):
+        elif unwritten := UNWRITTEN.search(why):
             name, how = unwritten.groups()
             why = f"it needs {name}" if name in told else f"Write `{name}` first: {how}"
             told.add(name)
         again.append(result._replace(why=why))
-    return Grade(again, notes)
+    return graded._replace(results=again, notes=notes)
 
 
 # ------------------------------------------------------------------- telling
 
 
-class Total(NamedTuple):
-    """The points of all criteria together."""
-
-    points: int
-    of: int
-    pass_mark: float
-
-    @property
-    def passed(self) -> bool:
-        return 100 * self.points >= self.pass_mark * self.of
-
-    def __str__(self) -> str:
-        share = 100 * self.points / self.of
-        return f"{self.points} of {self.of} points ({share:.0f} %), pass mark {self.pass_mark} %"
-
-
-def total(results: list[Result], pass_mark: float) -> Total:
-    """Add up points."""
-    points = sum(r.criterion.points * r.passed for r in results)
-    return Total(points, sum(r.criterion.points for r in results), pass_mark)
-
-
-def as_markdown(graded: Grade, verdict: str) -> str:
+def as_markdown(graded: Grade) -> str:
     """Return the rubric as a Markdown table, for a CI's summary."""
 
     def safe(text: str) -> str:
         return text.replace("|", "\\|").replace("<", "&lt;")
 
     lines = ["| criterion | points | why |", "|---|---:|---|"]
-    for c, passed, why, _ in graded.results:
-        sign, text = "✅" if passed else "❌", safe(why or c.sentence)
-        lines.append(f"| {sign} {c.id} | {c.points * passed} of {c.points} | {text} |")
-    return "\n\n".join([f"**{verdict}**", *map(safe, graded.notes), "\n".join(lines)]) + "\n"
+    for r in graded.results:
+        sign, c = "✅" if r.passed else "❌", r.criterion
+        lines.append(f"| {sign} {c.id} | {r.points} of {c.points} | {safe(r.why or c.sentence)} |")
+    return "\n\n".join([f"**{graded}**", *map(safe, graded.notes), "\n".join(lines)]) + "\n"
 
 
 def as_junit(results: list[Result]) -> bytes:
     """Return the results as JUnit XML, a test case for each criterion."""
-    count = {"tests": len(results), "failures": sum(not result.passed for result in results)}
-    counts = {key: str(value) for key, value in count.items()}
+    failures = sum(not result.passed for result in results)
+    counts = {"tests": str(len(results)), "failures": str(failures)}
     suite = ElementTree.Element("testsuite", name="rubric", **counts)
     for c, passed, why, seconds in results:
         known = {"classname": "rubric", "name": c.id, "time": f"{seconds:.2f}"}
@@ -489,28 +475,26 @@ def show(graded: Grade, hints: bool) -> None:
     """Print the rubric with what was got."""
     for note in (*graded.notes, f"What the tests draw is GRADED_SEED={os.environ['GRADED_SEED']}."):
         print(note)
-    for c, passed, why, _ in graded.results:
-        verdict = "pass" if passed else "FAIL"
-        print(f"{verdict}  {c.points * passed:2} of {c.points:2}  {c.id:14} {c.sentence}")
-        lines = (
-            [] if passed else [f"why: {why}", *([f"hint: {c.hint}"] if hints and c.hint else [])]
-        )
-        for line in lines:
-            print(f"{'':18}{line}")
+    for r in graded.results:
+        verdict, c = "pass" if r.passed else "FAIL", r.criterion
+        print(f"{verdict}  {r.points:2} of {c.points:2}  {c.id:14} {c.sentence}")
+        if not r.passed:
+            print(f"{'':18}why: {r.why}")
+            if hints and c.hint:
+                print(f"{'':18}hint: {c.hint}")
 
 
-def write(out: Path, graded: Grade, pass_mark: float, seconds: float, digest: str = "") -> None:
+def write(out: Path, graded: Grade, seconds: float, digest: str = "") -> None:
     """Write grade.json, grade.md and junit.xml into a folder; `digest` says what was graded."""
-    whole = total(graded.results, pass_mark)
-    content = whole._asdict() | {"passed": whole.passed, "seconds": seconds, "digest": digest}
-    content["notes"] = graded.notes
+    content = {key: getattr(graded, key) for key in ("points", "of", "pass_mark", "passed")}
+    content |= {"seconds": seconds, "digest": digest, "notes": graded.notes}
     content["criteria"] = [
-        {**r.criterion._asdict(), "passed": r.passed, "got": r.criterion.points * r.passed}
+        {**r.criterion._asdict(), "passed": r.passed, "got": r.points}
         | {"why": r.why, "took": r.seconds}
         for r in graded.results
     ]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "grade.md").write_text(as_markdown(graded, str(whole)), encoding="utf-8")
+    (out / "grade.md").write_text(as_markdown(graded), encoding="utf-8")
     (out / "junit.xml").write_bytes(as_junit(graded.results))
     # Last: its being there says that the hand-in is graded.
     (out / "grade.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

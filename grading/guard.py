@@ -18,21 +18,17 @@ from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import NamedTuple
 
 REPORT, START = "grading.report", "grading.start"
-WHOLE = ("pytest", "_pytest", "pluggy", "grading")  # packages of which everything judges
+WHOLE = (
+    "__main__",
+    "pytest",
+    "_pytest",
+    "pluggy",
+    "grading",
+)  # packages of which everything judges
 FUNCTIONS = (  # modules of which the functions judge
-    "builtins",
-    "json",
-    "math",
-    "numpy",
-    "numpy.testing",
-    "os",
-    "posixpath",
-    "re",
-    "sklearn.metrics",
-    "sys",
-    "torch",
-    "torch.nn.functional",
-    "torch.testing",
+    *("builtins", "json", "math", "os", "posixpath", "re", "sys"),
+    *("numpy", "numpy.testing", "sklearn.metrics"),
+    *("torch", "torch.nn.functional", "torch.testing"),
 )
 CLASSES = {
     "torch": ("Tensor",),
@@ -40,11 +36,8 @@ CLASSES = {
     "pathlib": ("Path",),
 }
 SPYING = {  # no right hand-in does this
-    "gc.get_objects",
-    "gc.get_referents",
-    "gc.get_referrers",
-    "sys.setprofile",
-    "sys.settrace",
+    *("gc.get_objects", "gc.get_referents", "gc.get_referrers"),
+    *("sys.setprofile", "sys.settrace"),
 }
 
 
@@ -93,17 +86,12 @@ def open_channel(pipe: int, nonce: str, root: CodeType) -> None:
                 look_at_tests(seen, items)
         elif event == START and not seen:
             seen = look(arguments[0])
-        elif seen and (event in SPYING or (event == "open" and is_memory(arguments[0]))):
+        elif seen and event in SPYING:
             stop(event)
+        elif seen and event == "open" and str(arguments[0]).rstrip("'").endswith("mem"):
+            stop(event)  # of /proc/self/mem, in which the secret could be found
 
     sys.addaudithook(hook)
-
-
-def is_memory(path: object) -> bool:
-    """Say whether a path may be /proc/self/mem, in which the secret could be found."""
-    return (type(path) is str and path.endswith("mem")) or (
-        type(path) is bytes and path.endswith(b"mem")
-    )
 
 
 # ------------------------------------------------------------------- the snapshot
@@ -113,12 +101,9 @@ def look(folder: str) -> Seen:
     """Return a snapshot of what judges, and of the files in the staged folder that do."""
     seen = Seen([], [], finders(), files_of(folder), folder, set())
     for name, module in list(sys.modules.items()):
-        whole = name.partition(".")[0] in WHOLE or name == "__main__"
-        if not isinstance(module, ModuleType) or not (
-            whole or name in FUNCTIONS or name in CLASSES
-        ):
+        if not isinstance(module, ModuleType):
             continue
-        content = vars(module)
+        content, whole = vars(module), name.partition(".")[0] in WHOLE
         classes = [content[some] for some in CLASSES.get(name, ())]
         if whole:
             own = [some for some in content.values() if isinstance(some, type)]
@@ -130,7 +115,7 @@ def look(folder: str) -> Seen:
     modules = {name: sys.modules[name] for name in (*FUNCTIONS, *WHOLE) if name in sys.modules}
     seen.spaces.append(Space("sys.modules", sys.modules, 0, list(modules.items()), [], set()))
     for space in seen.spaces:
-        if space.name.partition(".")[0] in (*WHOLE, "__main__"):
+        if space.name.partition(".")[0] in WHOLE:
             for function, (code, *_) in space.functions:
                 seen.callers.update((some, id(function.__globals__)) for some in codes(code))
     return seen

@@ -4,7 +4,6 @@ Hand-ins are graded side by side, each in a process that takes one core. What wa
 graded again only if the hand-in, the rubric or the grader has changed since.
 """
 
-import csv
 import hashlib
 import json
 import multiprocessing
@@ -15,33 +14,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from tqdm import tqdm
 
-from grading.grade import (
-    MODULE,
-    NOTEBOOK,
-    Grade,
-    Result,
-    Rubric,
-    expected_tests,
-    find_all,
-    grade,
-    grader_files,
-    pictures,
-    prepare,
-    write,
-)
-
-
-def digest(folder: Path, rubric: Rubric) -> str:
-    """Return a number that changes with the hand-in, the rubric and the grader."""
-    module, notebook, others, _ = find_all(folder)
-    files = {MODULE: module.read_bytes(), NOTEBOOK: notebook.read_bytes()}
-    content = hashlib.sha256(repr(rubric).encode())
-    for own in (grader_files(), others, files):
-        for path, text in sorted(own.items()):
-            content.update(f"{path} {len(text)} ".encode() + text)
-    return content.hexdigest()
+from grading import grade as grader
 
 
 def read_grade(out: Path) -> dict:
@@ -52,30 +28,33 @@ def read_grade(out: Path) -> dict:
         return {}
 
 
-def grade_one(rubric: Rubric, expected: dict, out: Path, folder: Path) -> bool:
+def grade_one(rubric: grader.Rubric, expected: dict, out: Path, folder: Path) -> bool:
     """Grade a hand-in and write its files, unless they are there; return whether it was graded."""
-    start, target, number = time.monotonic(), out / folder.name, ""
+    start, target, digest = time.monotonic(), out / folder.name, ""
     try:
-        number = digest(folder, rubric)
-        if read_grade(target).get("digest") == number:
+        hand_in = grader.read_hand_in(folder)
+        judging = repr((rubric, grader.grader_files(), hand_in))
+        digest = hashlib.sha256(judging.encode()).hexdigest()
+        if read_grade(target).get("digest") == digest:
             return False
-        graded = grade(find_all(folder), rubric, expected, 1)
+        graded = grader.grade(hand_in, rubric, expected, workers=1)
     except (SystemExit, Exception) as error:  # the others are graded all the same
-        graded = Grade([Result(c, False, str(error), 0.0) for c in rubric.criteria], [])
-    write(target, graded, rubric.pass_mark, time.monotonic() - start, number)
+        results = [grader.Result(c, False, str(error), 0.0) for c in rubric.criteria]
+        graded = grader.Grade(results, [], rubric.pass_mark)
+    grader.write(target, graded, time.monotonic() - start, digest)
     return True
 
 
 def row_of(name: str, graded: dict) -> dict[str, object]:
     """Return a hand-in's line of grades.csv."""
-    reasons = [*graded["notes"], *(c["why"] for c in graded["criteria"] if not c["passed"])]
+    reasons = [*graded["notes"], *(c["why"] for c in graded["criteria"] if not c["passed"]), ""]
     return {
         "name": name,
         **{c["id"]: c["got"] for c in graded["criteria"]},
         "total": graded["points"],
-        "per cent": f"{100 * graded['points'] / graded['of']:.0f}",
+        "per cent": round(100 * graded["points"] / graded["of"]),
         "passed": graded["passed"],
-        "first reason": reasons[0] if reasons else "",
+        "first reason": reasons[0],
     }
 
 
@@ -83,10 +62,7 @@ def write_table(out: Path, names: list[str]) -> None:
     """Write grades.csv, a line for each of the hand-ins that are graded so far."""
     graded = {name: read_grade(out / name) for name in names}
     rows = [row_of(name, content) for name, content in graded.items() if content]
-    with (out / "grades.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]) if rows else ["name"])
-        table.writeheader()
-        table.writerows(rows)
+    pd.DataFrame(rows).to_csv(out / "grades.csv", index=False)
 
 
 def start_worker(temporary: str) -> None:
@@ -95,7 +71,7 @@ def start_worker(temporary: str) -> None:
     tempfile.tempdir = temporary
 
 
-def grade_class(folder: Path, out: Path | None, rubric: Rubric) -> str | None:
+def grade_class(folder: Path, out: Path | None, rubric: grader.Rubric) -> str | None:
     """Grade all hand-ins of a folder; return a sentence if something keeps it from that."""
     if not out:
         return "Say where the grades go: OUT=folder."
@@ -105,14 +81,13 @@ def grade_class(folder: Path, out: Path | None, rubric: Rubric) -> str | None:
     folders = [path.absolute() for path in found if path.resolve() != out.resolve()]
     if not folders:
         return f"{folder} holds no folder: every hand-in has to be a folder in it."
-    prepare()
+    grader.prepare()
     if any(c.notebook for c in rubric.criteria):
-        pictures()  # once for all
+        grader.pictures()  # once for all
     out.mkdir(parents=True, exist_ok=True)
     names, graded = [path.name for path in folders], []
-    work = partial(grade_one, rubric, expected_tests(rubric.criteria), out.absolute())
-    fork = multiprocessing.get_context("fork")
-    start, note = time.monotonic(), ""
+    work = partial(grade_one, rubric, grader.expected_tests(rubric.criteria), out.absolute())
+    start, note, fork = time.monotonic(), "", multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="class-", ignore_cleanup_errors=True) as temporary:
         workers = min(os.cpu_count() or 1, len(folders))
         try:

@@ -3,7 +3,6 @@
 It is executed with small parameters, on pictures that the grader draws by a seed of its own.
 """
 
-import ast
 import os
 import re
 import shutil
@@ -22,23 +21,11 @@ PICTURES = {"trainval": 330, "test": 80}  # more than LIMIT, which has to be obe
 PLACES = {"DATA_DIR": "data", "DEVICE": "cpu", "PHOTO": "", "DOWNLOAD": False, "RESUME": False}
 PARAMETERS = {  # all that say where, on what and what is scored; how to train is the learner's
     **PLACES,
-    "DATASET": "sample",
-    "IMAGE_SIZE": 32,
-    "BASE_CHANNELS": 8,
-    "EPOCHS": 6,
-    "RUN_NAME": RUN,
-    "LIMIT": 320,
-    "SCORE_SIZE": 48,
-    "MASK_RESIZE": "nearest",
-    "DEPTH": 4,
-    "NORMS": 1,
-    "SKIPS": True,
-    "SMALL_EPOCHS": "",
-    "BATCH_SIZE": 16,
+    **{"DATASET": "sample", "LIMIT": 320, "RUN_NAME": RUN, "SEED": 3},
+    **{"IMAGE_SIZE": 32, "SCORE_SIZE": 48, "MASK_RESIZE": "nearest", "FLIP": True},
+    **{"BASE_CHANNELS": 8, "DEPTH": 4, "NORMS": 1, "SKIPS": True},
+    **{"EPOCHS": 6, "SMALL_EPOCHS": "", "BATCH_SIZE": 16, "PRECISION": "float32"},
     "AUGMENT": 0.0,  # so that the images that a net sees are known again
-    "FLIP": True,
-    "SEED": 3,
-    "PRECISION": "float32",
 }
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python 3"}
 NBVAL_COMMENT = re.compile(r"^\s*#\s*(NBVAL|PYTEST_VALIDATE)_\w+\s*$", re.MULTILINE)
@@ -68,40 +55,14 @@ def read(path: Path) -> NotebookNode:
         cells.append(new(source, id=f"cell-{number}", metadata={"tags": tags}, **kept))
     code = [cell for cell in cells if cell.cell_type == "code"]
     if code and not any("parameters" in cell.metadata.tags for cell in code):
-        max(code, key=count_parameters).metadata.tags.append("parameters")
+        most = max(code, key=lambda cell: len(assigned(cell.source).keys() & PARAMETERS.keys()))
+        most.metadata.tags.append("parameters")
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
 
 
-def count_parameters(cell: NotebookNode) -> int:
-    """Return how many of the parameters a cell assigns."""
-    return len(assigned(cell.source).keys() & PARAMETERS.keys())
-
-
-def assigned(source: str) -> dict[str, ast.expr]:
-    """Return the names that some code assigns at its top level with what they get.
-
-    There are none if it is no Python, a command of IPython's for example.
-    """
-    try:
-        lines = ast.parse(source).body
-    except SyntaxError:
-        return {}
-    lines = [line for line in lines if isinstance(line, ast.Assign | ast.AnnAssign)]
-    pairs = [
-        (name, line.value)
-        for line in lines
-        for name in (line.targets if isinstance(line, ast.Assign) else [line.target])
-    ]
-    return {name.id: value for name, value in pairs if isinstance(name, ast.Name)}
-
-
-def value_of(name: str, notebook: NotebookNode) -> object:
-    """Return the literal that a parameter has in a notebook, by default the grader's own."""
-    for cell in notebook.cells:
-        value = assigned(cell.source).get(name) if "parameters" in cell.metadata.tags else None
-        if isinstance(value, ast.Constant):
-            return value.value
-    return PARAMETERS[name]
+def assigned(source: str) -> dict[str, str]:
+    """Return the names that code assigns, each at the start of a line, with the text they get."""
+    return dict(re.findall(r"^(\w+) *(?::[^=\n]+)?=(?!=) *([^#\n]*)", source, re.MULTILINE))
 
 
 def cleaned(notebook: NotebookNode) -> NotebookNode:

@@ -30,6 +30,7 @@ NOBODIES = 100_000  # from here on, numbers of users that nobody has
 REPORTS = 2**20  # bytes that a job may report
 GUARD = compile((Path(__file__).parent / "guard.py").read_text(encoding="utf-8"), "guard", "exec")
 TEMPORARY = Path(tempfile.gettempdir()).resolve()
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 NEW_MOUNTS, NEW_USER, NEW_PROCESSES, NEW_NETWORK = 0x00020000, 0x10000000, 0x20000000, 0x40000000
 BIND, RECURSIVE, PRIVATE = 4096, 16384, 1 << 18  # flags of mount(2)
@@ -40,10 +41,10 @@ FILES_OF_ALL, CAPABILITIES = 1, 0x20080522  # CAP_DAC_OVERRIDE, and the version 
 
 
 class Job(NamedTuple):
-    """A function that reports dicts through the function it is given, with its limit in seconds."""
+    """A function that tells its dicts by `report`, with its limit in seconds."""
 
     name: str
-    work: Callable[[Callable[[dict], None]], None]
+    work: Callable[[], None]
     seconds: float
     after: str = ""  # the job that has to end first
     writable: Path | None = None  # the folder that it may write to, beside a /tmp of its own
@@ -64,16 +65,15 @@ class Outcome(NamedTuple):
 def isolate(job: Job) -> bool:
     """Move into namespaces of our own; return whether the system allows it."""
     with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None, use_errno=True)
         ids = {"uid": os.getuid(), "gid": os.getgid()}
         new = NEW_MOUNTS | NEW_PROCESSES | NEW_NETWORK
-        if libc.unshare(new) != 0:
-            if libc.unshare(new | NEW_USER) != 0:
+        if LIBC.unshare(new) != 0:
+            if LIBC.unshare(new | NEW_USER) != 0:
                 return False
             Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
             for kind, number in ids.items():
                 Path(f"/proc/self/{kind}_map").write_text(f"0 {number} 1", encoding="utf-8")
-        close_files(libc, job)
+        close_files(job)
         # Kernels talk to us through the loopback device: SIOCSIFFLAGS, IFF_UP.
         with socket.socket() as any_socket, suppress(OSError):
             fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", 1))
@@ -81,30 +81,29 @@ def isolate(job: Job) -> bool:
     return False
 
 
-def close_files(libc: ctypes.CDLL, job: Job) -> None:
+def close_files(job: Job) -> None:
     """Make all files read-only, and /tmp and /dev/shm empty, small and our own."""
-    libc.mount(b"none", b"/", None, RECURSIVE | PRIVATE, None)
+    LIBC.mount(b"none", b"/", None, RECURSIVE | PRIVATE, None)
     python = Path(sys.prefix)  # perhaps a link
-    own = [job.writable] if job.writable else []
-    seen = [python, python.resolve(), *job.readable, *own]
+    seen = [python, python.resolve(), *job.readable, *filter(None, [job.writable])]
     doors = {path: os.open(path, os.O_RDONLY) for path in seen}  # they may lie in /tmp
-    set_read_only(libc, Path("/"), True, OF_ALL_BELOW)
+    set_read_only(Path("/"), True, OF_ALL_BELOW)
     for folder, size in ((TEMPORARY, SPACE), (Path("/dev/shm"), FILE_SIZE)):
         options = f"size={size},mode=1777".encode()
-        libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, options)
+        LIBC.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, options)
     for path, door in doors.items():
         if path == job.writable or TEMPORARY in path.parents:
             path.mkdir(parents=True, exist_ok=True)
-            libc.mount(f"/proc/self/fd/{door}".encode(), bytes(path), None, BIND, None)
-            set_read_only(libc, path, path != job.writable)
+            LIBC.mount(f"/proc/self/fd/{door}".encode(), bytes(path), None, BIND, None)
+            set_read_only(path, path != job.writable)
         os.close(door)
     os.environ["HOME"] = str(TEMPORARY)  # in which kernels keep their notes
 
 
-def set_read_only(libc: ctypes.CDLL, folder: Path, wanted: bool, flags: int = 0) -> None:
+def set_read_only(folder: Path, wanted: bool, flags: int = 0) -> None:
     """Set whether a mounted folder may be written to."""
     attributes = struct.pack("4Q", READ_ONLY * wanted, READ_ONLY * (not wanted), 0, 0)
-    libc.syscall(SET_ATTRIBUTES, -100, bytes(folder), flags, attributes, len(attributes))
+    LIBC.syscall(SET_ATTRIBUTES, -100, bytes(folder), flags, attributes, len(attributes))
 
 
 def leave_root() -> None:
@@ -112,18 +111,17 @@ def leave_root() -> None:
 
     Each job is another nobody: Linux counts by user, and who forks without end hurts nobody else.
     """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.prctl(KEEP_CAPABILITIES, 1)
+    with suppress(AttributeError):
+        LIBC.prctl(KEEP_CAPABILITIES, 1)
         with suppress(OSError):  # in a namespace of users there is nobody else
             own = NOBODIES + secrets.randbelow(NOBODIES)
             os.setresuid(own, own, own)
             os.environ["USER"] = "nobody"  # the system has no name for this number
         header, kept = struct.pack("Ii", CAPABILITIES, 0), 1 << FILES_OF_ALL
         # effective, permitted, inheritable
-        libc.capset(header, struct.pack("6I", kept, kept, kept, 0, 0, 0))
-        libc.prctl(AMBIENT, RAISE, FILES_OF_ALL, 0, 0)  # so that kernels have it, too
-        libc.prctl(NO_NEW, 1, 0, 0, 0)
+        LIBC.capset(header, struct.pack("6I", kept, kept, kept, 0, 0, 0))
+        LIBC.prctl(AMBIENT, RAISE, FILES_OF_ALL, 0, 0)  # so that kernels have it, too
+        LIBC.prctl(NO_NEW, 1, 0, 0, 0)
 
 
 def limit(processes: int) -> None:
@@ -139,10 +137,9 @@ def limit(processes: int) -> None:
 
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent ends, and to let no other read its memory."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.prctl(DEATH_SIGNAL, signal.SIGKILL)
-        libc.prctl(DUMPABLE, 0, 0, 0, 0)
+    with suppress(AttributeError):
+        LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)
+        LIBC.prctl(DUMPABLE, 0, 0, 0, 0)
 
 
 def size_of(folder: Path) -> int:
@@ -184,7 +181,7 @@ class Child:
             os.waitpid(inner, 0)
             return
         if alone:  # /proc shows what lives there, and no more
-            ctypes.CDLL(None).mount(b"proc", b"/proc", b"proc", 0, None)
+            LIBC.mount(b"proc", b"/proc", b"proc", 0, None)
         limit(PROCESSES if alone else 4 * PROCESSES)
         die_with_parent()
         nothing = os.open(os.devnull, os.O_RDWR)  # nobody reads what a hand-in prints
@@ -194,7 +191,7 @@ class Child:
         exec(GUARD, guard)
         guard["open_channel"](pipe, self.nonce, Child.run.__code__)
         del guard, self.nonce  # from here on, the channel alone has it
-        self.job.work(report)
+        self.job.work()
         report({"end": "finished"})
 
     def poll(self) -> Outcome | None:
@@ -208,7 +205,7 @@ class Child:
         if self.job.writable and now > self.measured + 1:
             self.measured, self.full = now, size_of(self.job.writable) > SPACE
         late = now - self.start > self.job.seconds * slowness()
-        late = late or len(self.received) > REPORTS or self.full
+        late |= len(self.received) > REPORTS or self.full
         if not (gone or finished or late):
             return None
         reports = self.read_reports()

@@ -7,42 +7,20 @@ import ast
 import re
 import shutil
 import sys
-import tempfile
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
 
-from grading.grade import (
-    MODULE,
-    NOTEBOOK,
-    ROOT,
-    Criterion,
-    HandIn,
-    attempt,
-    copy_around_notebooks,
-    expected_tests,
-    judge,
-    prepare,
-    read_rubric,
-)
+from grading import grade as grader
+from grading.grade import MODULE, NOTEBOOK, ROOT
 
 TEXTS = tomllib.loads((ROOT / "grading" / "student.toml").read_text(encoding="utf-8"))
 TO_WRITE = TEXTS["to_write"]
 OWN = ("pyproject.toml", "requirements.txt", ".gitignore")  # beside all modules at the top
-CHECK = (
-    "grading/__main__.py",
-    "grading/grade.py",
-    "grading/hand_ins.py",
-    "grading/sandbox.py",
-    "grading/guard.py",
-    "grading/canary.py",
-    "tests/conftest.py",
-    "tests/doctor.py",
-    "tests/drawn.py",
-    "tests/test_scores.py",
-)
+GRADING = ("__main__", "canary", "grade", "guard", "hand_ins", "sandbox")
+TESTS = ("conftest", "doctor", "drawn", "test_scores")
 
 
 def without_bodies(source: str, names: Collection[str]) -> str:
@@ -71,54 +49,45 @@ def cleared(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             if "quiz" in cell.metadata.get("tags", []):
-                cell.source = re.sub(
-                    "^answer = .*", "answer = ...", cell.source, flags=re.MULTILINE
-                )
+                cell.source = re.sub("(?m)^answer = .*", "answer = ...", cell.source)
     return notebook
 
 
 def write_edition(folder: Path) -> None:
     """Write the edition into a folder, in place of what was there, but for an environment."""
-    kept = [path for path in folder.glob("*") if path.name != ".venv"]
-    for path in kept:
+    for path in [path for path in folder.glob("*") if path.name != ".venv"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    patterns = ("*.py", "support/*.py", "shapes/*.py", "tests/test_rubric_*.py")
-    files = [path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern)]
-    for name in (*OWN, *CHECK, *files):
+    patterns = [*OWN, "*.py", "support/*.py", "shapes/*.py", "tests/test_rubric_*.py"]
+    patterns += [f"grading/{name}.py" for name in GRADING] + [f"tests/{name}.py" for name in TESTS]
+    for name in [path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     rubric = (ROOT / "grading" / "rubric.toml").read_text(encoding="utf-8")
-    todo = "\n".join(
-        f"{n}. `{name}`: {what}." for n, (name, what) in enumerate(TO_WRITE.items(), 1)
-    )
+    todo = [f"{n}. `{name}`: {what}." for n, (name, what) in enumerate(TO_WRITE.items(), 1)]
     texts = {
         "grading/rubric.toml": rubric.partition("# The notebook's criteria")[0],
         MODULE: without_bodies((ROOT / MODULE).read_text(encoding="utf-8"), TO_WRITE),
         "Makefile": TEXTS["makefile"],
-        "README.md": TEXTS["readme"].format(todo=todo),
+        "README.md": TEXTS["readme"].format(todo="\n".join(todo)),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    copy_around_notebooks(folder)
+    grader.copy_around_notebooks(folder)
     notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
     nbformat.write(cleared(notebook), folder / NOTEBOOK)
 
 
 def prove() -> list[int]:
     """Return the module's points for the edition, and as each function is put back in turn."""
-    prepare()
-    rubric = read_rubric(quick=True).criteria
-    expected = expected_tests(rubric)
-    # In one process: quicker.
-    every = Criterion("all", 0, "", [test for c in rubric for test in c.tests], seconds=120)
+    grader.prepare()
+    rubric = grader.read_rubric(quick=True).criteria
+    expected = grader.expected_tests(rubric)
+    every = grader.join("all", rubric, seconds=120)  # in one process: quicker
     names, source = list(TO_WRITE), (ROOT / MODULE).read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory(prefix="student-") as temporary:
-        modules = [Path(temporary).resolve() / f"{solved}.py" for solved in range(len(names) + 1)]
-        for solved, module in enumerate(modules):
-            module.write_text(without_bodies(source, names[solved:]), encoding="utf-8")
-        hand_ins = [(HandIn(module, module), [every]) for module in modules]
-        ends = [outcomes["all"] for outcomes in attempt(hand_ins, 900)]
-    return [sum(c.points * judge(c, expected[c.id], end).passed for c in rubric) for end in ends]
+    edition = [without_bodies(source, names[solved:]) for solved in range(len(names) + 1)]
+    hand_ins = [(grader.HandIn({MODULE: text.encode()}), [every]) for text in edition]
+    ends = [outcomes["all"] for outcomes in grader.attempt(hand_ins, 900)]
+    return [sum(grader.judge(c, expected[c.id], end).points for c in rubric) for end in ends]
 
 
 if __name__ == "__main__":

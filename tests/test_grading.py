@@ -5,7 +5,6 @@ The grader forks processes that import other modules, so it runs in a process of
 
 import ast
 import csv
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,18 +20,13 @@ import nbformat
 import psutil
 import pytest
 
-from grading.mutants import (
-    MODULE_FAULTS,
-    MODULE_HARMLESS,
-    NOTEBOOK_FAULTS,
-    NOTEBOOK_HARMLESS,
-    OUTPUT_FAULTS,
-)
+from grading.grade import read_rubric
+from grading.mutate import lost_texts, read_mutants
 from grading.student import TO_WRITE, without_bodies, write_edition
 
 ROOT = Path(__file__).resolve().parent.parent
-RUBRIC = tomllib.loads((ROOT / "grading" / "rubric.toml").read_text(encoding="utf-8"))
-OF_MODULE = [row for row in RUBRIC["criterion"] if not row.get("notebook")]
+RUBRIC = read_rubric().criteria
+OF_MODULE = read_rubric(quick=True).criteria
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -41,20 +34,6 @@ def run(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Complet
     """Run one of the grader's programs."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
-def grade_quickly(source: str, folder: Path, *, cwd: Path = ROOT) -> dict:
-    """Grade a module and return grade.json."""
-    (folder / "hand-in").mkdir(parents=True, exist_ok=True)
-    (folder / "hand-in" / "petseg_utils.py").write_text(source, encoding="utf-8")
-    done = run(
-        "grading", "--quick", "--hand-in", folder / "hand-in", "--out", folder / "out", cwd=cwd
-    )
-    assert (folder / "out" / "grade.json").exists(), done.stdout + done.stderr
-    return json.loads((folder / "out" / "grade.json").read_text(encoding="utf-8")) | {
-        "status": done.returncode,
-        "said": done.stdout,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -66,51 +45,31 @@ def source() -> str:
 
 
 def test_rubric_has_a_hundred_points_and_every_criterion_a_sentence():
-    rows = RUBRIC["criterion"]
-    assert sum(row["points"] for row in rows) == 100
-    assert len({row["id"] for row in rows}) == len(rows)
-    assert all(row["sentence"].endswith(".") and row["tests"] for row in rows)
-    assert all(row["hint"] for row in OF_MODULE)
+    assert sum(c.points for c in RUBRIC) == 100
+    assert len({c.id for c in RUBRIC}) == len(RUBRIC)
+    assert all(c.sentence.endswith(".") and c.tests for c in RUBRIC)
+    assert all(c.hint for c in OF_MODULE)
 
 
 def test_grader_names_the_test_that_the_rubric_has_and_nobody_wrote():
-    tests = [OF_MODULE[0]["tests"][0], "tests/test_scores.py::test_nothing"]
+    tests = [OF_MODULE[0].tests[0], "tests/test_scores.py::test_nothing"]
     program = (
         f"from grading.grade import *; prepare(); expected_tests([Criterion('a', 1, '', {tests})])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.stderr.strip()
-        == "rubric.toml names tests/test_scores.py::test_nothing, which is not there."
-    )
+    wanted = "rubric.toml names tests/test_scores.py::test_nothing, which is not there."
+    assert done.stderr.strip() == wanted
 
 
 def test_every_criterion_has_a_mutant_and_mutants_are_many():
-    faults = (*MODULE_FAULTS, *NOTEBOOK_FAULTS, *OUTPUT_FAULTS)
-    variants = (*MODULE_HARMLESS, *NOTEBOOK_HARMLESS)
+    mutants = read_mutants()
+    faults = [mutant for mutant in mutants if mutant.criterion]
     assert len(faults) >= 50
-    assert len(variants) >= 12
-    assert {fault.criterion for fault in faults} == {row["id"] for row in RUBRIC["criterion"]}
+    assert len(mutants) - len(faults) >= 12
+    assert {fault.criterion for fault in faults} == {c.id for c in RUBRIC}
     assert all(fault.why for fault in faults)
-    assert len({mutant[:2] for mutant in (*faults, *variants)}) == len(faults) + len(variants)
-
-
-def test_every_mutant_still_applies(source):
-    """Each text is there exactly once; one that isn't must follow the source it changes."""
-    notebook = nbformat.read(ROOT / "notebooks" / "pet_segmentation.ipynb", as_version=4)
-    cells = "\n".join(cell.source for cell in notebook.cells)
-    tables = (
-        (source, (*MODULE_FAULTS, *MODULE_HARMLESS)),
-        (cells, (*NOTEBOOK_FAULTS, *NOTEBOOK_HARMLESS)),
-    )
-    lost = {
-        m.name: old
-        for text, table in tables
-        for m in table
-        for old in m.changes[::2]
-        if text.count(old) != 1
-    }
-    assert lost == {}
+    assert len({(mutant.criterion, mutant.name) for mutant in mutants}) == len(mutants)
+    assert lost_texts(mutants) == []
 
 
 def test_sample_of_the_mutants_is_judged_rightly():
@@ -238,34 +197,26 @@ except OSError as error:
 """
 
 
-def with_start(source: str, start: str) -> str:
-    """Return a module's source with lines in front, or behind what they replace."""
-    if "conv_plus_conv = " in start:
-        return f"{source}\n{start}"
-    return f"{start}\n{source}"
-
-
 @pytest.fixture(scope="module")
 def hand_ins(source, tmp_path_factory) -> Path:
-    """Return a folder of hand-ins: a right one, broken ones, and attacks."""
+    """Return a folder of hand-ins: right ones, broken ones, and attacks."""
     folder = tmp_path_factory.mktemp("class") / "hand-ins"
     hollow = without_bodies(source, TO_WRITE)
     block = re.search(r"^def conv_plus_conv.+?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)[0]
-    elsewhere = source.replace(block, "from my_blocks import conv_plus_conv\n\n\n")
-    modules = {name: with_start(hollow, start) for name, (start, _) in ATTACKS.items()}
-    modules |= {"brings stand-ins": with_start(hollow, STAND_INS)}
-    modules |= {"right": elsewhere, "needs a package": f"import no_such_package\n{source}"}
-    for name, module in modules.items():
-        (folder / name).mkdir(parents=True)
-        (folder / name / "petseg_utils.py").write_text(module, encoding="utf-8")
-    blocks = f"from torch import nn\n\n\n{block}"
-    (folder / "right" / "my_blocks.py").write_text(blocks, encoding="utf-8")
-    (folder / "right" / "tests").mkdir()
-    (folder / "right" / "conftest.py").write_text("raise SystemExit\n", encoding="utf-8")
-    (folder / "right" / "tests" / "conftest.py").write_text("raise SystemExit\n", encoding="utf-8")
+    modules = {name: f"{start}\n{hollow}" for name, (start, _) in ATTACKS.items()}
+    late = "replaces the tests that follow"  # by what takes the place of functions
+    modules |= {late: f"{hollow}\n{ATTACKS[late][0]}", "brings stand-ins": STAND_INS + hollow}
+    modules |= {"vandal": source + VANDAL, "needs a package": f"import no_such_package\n{source}"}
+    modules["right"] = source.replace(block, "from my_blocks import conv_plus_conv\n\n\n")
+    files = {f"{name}/petseg_utils.py": module for name, module in modules.items()}
+    files["right/my_blocks.py"] = f"from torch import nn\n\n\n{block}"
+    files |= dict.fromkeys(("right/conftest.py", "right/tests/conftest.py"), "raise SystemExit\n")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "nothing").mkdir()
     (folder / "a link").mkdir()
     (folder / "a link" / "petseg_utils.py").symlink_to(ROOT / "petseg_utils.py")
-    (folder / "nothing").mkdir()
     return folder
 
 
@@ -281,13 +232,13 @@ def graded(hand_ins) -> dict[str, dict]:
 
 
 def test_right_module_gets_all_points_and_the_files_say_so(hand_ins, graded):
-    row, most = graded["right"], sum(row["points"] for row in OF_MODULE)
+    row, most = graded["right"], sum(c.points for c in OF_MODULE)
     expected = {"total": str(most), "per cent": "100", "passed": "True", "first reason": ""}
     assert row.items() >= expected.items()
-    assert row.keys() > {of["id"] for of in OF_MODULE}
+    assert row.keys() > {c.id for c in OF_MODULE}
     out = hand_ins.parent / "out" / "right"
     suite = ElementTree.parse(out / "junit.xml").getroot()
-    assert [case.get("name") for case in suite] == [of["id"] for of in OF_MODULE]
+    assert [case.get("name") for case in suite] == [c.id for c in OF_MODULE]
     assert not list(suite.iter("failure"))
     assert (out / "grade.md").read_text(encoding="utf-8").count("✅") == len(OF_MODULE)
 
@@ -373,24 +324,23 @@ def test_what_to_grade_is_asked_for_in_a_sentence(arguments, said):
 # ------------------------------------------------------------------- the sandbox
 
 
-def test_hand_in_writes_to_its_folder_alone_and_reaches_no_network(source, tmp_path):
+def test_hand_in_writes_to_its_folder_alone_and_reaches_no_network(graded):
     """Where the system lends namespaces; elsewhere the README says what to do."""
     if subprocess.run(["unshare", "-rnm", "true"], capture_output=True).returncode != 0:
         pytest.skip("this system lends no namespaces: the grader can't take the network away here")
-    graded = grade_quickly(source + VANDAL, tmp_path)
     assert not (ROOT / "grading" / "vandal.txt").exists()
-    assert graded["points"] == graded["of"], graded["notes"]
+    assert graded["vandal"]["per cent"] == "100", graded["vandal"]["first reason"]
 
 
 HOSTILE = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
 from grading import sandbox
-from grading.sandbox import Job, run_jobs
+from grading.sandbox import Job, report, run_jobs
 
 sandbox.SPACE = 2**20  # bytes
 
-def bomb(report):
+def bomb():
     for _ in range(12):  # 4096 processes, if nobody stops them
         try:
             os.fork()
@@ -399,23 +349,23 @@ def bomb(report):
         time.sleep(0.1)
     time.sleep(100)
 
-def neighbour(report):
+def neighbour():
     time.sleep(2)  # the bomb has gone off, and Linux counts processes and threads by user
     for _ in range(9):
         threading.Thread(target=time.sleep, args=(0.1,)).start()
     report({"unhurt": True})
 
-def hide(report):
+def hide():
     ctypes.CDLL(None).prctl(1, 0)  # live on when the parent dies
     os.setsid()  # leave the group that is killed
     report({"hidden": os.getpid()})
     time.sleep(100)
 
-def flood(report):
+def flood():
     while True:
         report({"x": "x" * 1000})
 
-def spill(report):
+def spill():
     try:
         Path("/tmp/large").write_bytes(bytes(2**22))
     except OSError:
@@ -452,19 +402,15 @@ def test_sandbox_ends_what_forks_hides_floods_or_spills(tmp_path):
 
 
 def test_student_edition_keeps_docstrings_and_loses_bodies(source):
-    cut = ast.parse(without_bodies(source, TO_WRITE))
-    bodies = [node.body for node in ast.walk(cut) if isinstance(node, ast.FunctionDef)]
-    assert sum(
-        isinstance(body[-1], ast.Raise) and "Write " in ast.unparse(body[-1]) for body in bodies
-    ) == len(TO_WRITE)
+    def functions(text: str) -> list[ast.FunctionDef]:
+        return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
 
-    def docstrings(tree: ast.Module) -> list[str | None]:
-        return [
-            ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-        ]
-
-    kept = docstrings(cut)
-    assert [text for text in docstrings(ast.parse(source)) if text and text not in kept] == []
+    whole, cut = functions(source), functions(without_bodies(source, TO_WRITE))
+    ends = [node.body[-1] for node in cut]
+    told = [end for end in ends if isinstance(end, ast.Raise) and "Write " in ast.unparse(end)]
+    assert len(told) == len(TO_WRITE)
+    kept = [ast.get_docstring(node) for node in cut]
+    assert all(text in kept for node in whole if (text := ast.get_docstring(node)))
     assert without_bodies(source, []) == source
 
 
@@ -472,7 +418,7 @@ def test_score_rises_function_by_function():
     """From at most 10 % for the edition to all points, as bodies are put back."""
     done = run("grading.student", "--prove")
     names, points = list(TO_WRITE), list(map(int, done.stdout.split()))
-    most = sum(row["points"] for row in OF_MODULE)
+    most = sum(c.points for c in OF_MODULE)
     assert len(points) == len(names) + 1, done.stderr
     assert points[0] <= 0.1 * most
     assert points[-1] == most
@@ -482,34 +428,37 @@ def test_score_rises_function_by_function():
     assert idle <= {"UNet.__init__"}, points  # a net without its forward pass can't be tried
 
 
-def test_student_edition_is_complete_and_holds_no_grader(tmp_path):
-    folder = tmp_path / "student"
+@pytest.fixture(scope="module")
+def edition(tmp_path_factory) -> tuple[Path, list[nbformat.NotebookNode]]:
+    """Return the folder of the student edition and the code cells of its notebook."""
+    folder = tmp_path_factory.mktemp("edition") / "student"
     write_edition(folder)
-    assert not [
-        path
-        for path in folder.rglob("*.py")
-        if "mutant" in path.name or path.name == "test_notebook.py"
-    ]
     cells = nbformat.read(folder / "notebooks" / "pet_segmentation.ipynb", as_version=4).cells
-    assert not [cell for cell in cells if cell.get("outputs")]
+    return folder, [cell for cell in cells if cell.cell_type == "code"]
+
+
+def test_student_edition_is_complete_and_holds_no_grader(edition):
+    folder, cells = edition
+    names = {path.name for path in (folder / "grading").iterdir()}
+    assert not names & {"mutate.py", "mutants.toml", "test_notebook.py"}
+    assert not any(cell.outputs for cell in cells)
     done = run("grading", "--quick", "--hints", cwd=folder)
     assert "hint: " in done.stdout
     assert done.stdout.count("Write `conv_plus_conv` first: ") == 1
     assert int(re.search(r"^(\d+) of 80 points", done.stdout, re.MULTILINE)[1]) <= 8
 
 
-def test_data_section_of_the_student_edition_runs(tmp_path):
+def test_data_section_of_the_student_edition_runs(edition):
     """All cells run before the first that uses a function to be written, which says so."""
-    folder = tmp_path / "student"
-    write_edition(folder)
-    cells = nbformat.read(folder / "notebooks" / "pet_segmentation.ipynb", as_version=4).cells
-    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    folder, cells = edition
+    code = [cell.source for cell in cells]
     first = next(place for place, text in enumerate(code) if "pets.UNet(" in text)
     assert first > 15
     script = "In = []\n" + "\n".join(code[:first]).replace("LIMIT: int = 0", "LIMIT: int = 50")
     script += "\nprint('the data section ran')\n" + code[first]
-    (folder / "script.py").write_text(script, encoding="utf-8")
-    done = subprocess.run([sys.executable, "script.py"], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True
+    )
     assert "the data section ran" in done.stdout, done.stderr[-2000:]
     assert "NotImplementedError: Write UNet.__init__" in done.stderr
 
@@ -526,8 +475,9 @@ def test_workflows_validate_against_githubs_schema():
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_commands_of_workflows_exist(path):
-    commands = re.findall(r"run: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+def test_commands_and_files_of_workflows_exist(path):
+    text = path.read_text(encoding="utf-8")
+    commands = re.findall(r"run: (.+)$", text, re.MULTILINE)
     assert commands
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for command in commands:
@@ -541,11 +491,5 @@ def test_commands_of_workflows_exist(path):
             assert (Path(sys.executable).parent / Path(words[0]).name).exists(), command
         else:
             assert shutil.which(words[0]), command
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_files_that_workflows_name_exist(path):
-    for name in re.findall(
-        r"cache-dependency-path: (?:grader/)?(\S+)", path.read_text(encoding="utf-8")
-    ):
+    for name in re.findall(r"cache-dependency-path: (?:grader/)?(\S+)", text):
         assert (ROOT / name).exists()
