@@ -21,7 +21,7 @@ PICTURES = {"trainval": 330, "test": 80}  # more than LIMIT, which has to be obe
 PLACES = {"DATA_DIR": "data", "DEVICE": "cpu", "PHOTO": "", "DOWNLOAD": False, "RESUME": False}
 PARAMETERS = {  # all that say where, on what and what is scored; how to train is the learner's
     **PLACES,
-    **{"DATASET": "sample", "LIMIT": 320, "RUN_NAME": RUN, "SEED": 3},
+    **{"DATASET": "sample", "LIMIT": 320, "HOLD_OUT": 0.15, "RUN_NAME": RUN, "SEED": 3},
     **{"IMAGE_SIZE": 32, "SCORE_SIZE": 48, "MASK_RESIZE": "nearest", "FLIP": True},
     **{"BASE_CHANNELS": 8, "DEPTH": 4, "NORMS": 1, "SKIPS": True},
     **{"EPOCHS": 6, "SMALL_EPOCHS": "", "BATCH_SIZE": 16, "PRECISION": "float32"},

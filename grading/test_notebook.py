@@ -73,7 +73,7 @@ def of_run(name: str) -> Path:
 def names() -> dict[str, list[str]]:
     """Return the images of each split that the run had to use, as its parameters say."""
     trainval, test = (pets.read_split(DATASET, split, LIMIT) for split in ("trainval", "test"))
-    train, valid = pets.hold_out(trainval, seed=PARAMETERS["SEED"])
+    train, valid = pets.hold_out(trainval, PARAMETERS["HOLD_OUT"], PARAMETERS["SEED"])
     return {"train": train, "valid": valid, "test": test}
 
 

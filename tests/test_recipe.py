@@ -13,6 +13,7 @@ VALUES = {  # that pass, at the ends of their ranges, and that do not
     "DATASET": (["sample", "oxford"], ["", "Oxford", "coco", None, 1]),
     "DATA_DIR": (["d", "../shared"], ["", None, 3]),
     "LIMIT": ([0, 50], [-1, 1, 49, 50.0, "50", True]),
+    "HOLD_OUT": ([0.02, 0.5], [0, 0.0, 1, -0.1, math.nan, "0.1", None]),
     "IMAGE_SIZE": ([32, 1024], [0, -64, 7, 1025, 64.0, "64", None, 10**5000, -(10**5000)]),
     "SCORE_SIZE": ([0, 8, 1024], [-1, 7, 1025, 64.0, "0", None]),
     "MASK_RESIZE": (["nearest", "bilinear"], ["", "Nearest", "bicubic", None, 0]),
