@@ -1,10 +1,9 @@
 """Fixtures and helpers that several test files share."""
 
-import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,17 +31,6 @@ def alike(one: object, other: object) -> bool:
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return alike(one.state_dict(), other.state_dict())
-
-
-def at_step(model: nn.Module, number: int, act: Callable[[], object]) -> None:
-    """Let `act` happen, once, when `model` begins a training step, counted from 0."""
-    steps = itertools.count()
-
-    def hook(module: nn.Module, _: object) -> None:
-        if module is model and module.training and next(steps) == number:
-            act()
-
-    model.register_forward_pre_hook(hook)
 
 
 @pytest.fixture
@@ -81,18 +69,25 @@ def pets(tmp_path_factory) -> Pets:
     return draw_pets(tmp_path_factory.mktemp("pets"), names, side=16)
 
 
+def told(message: object, *words: object) -> None:
+    """Check that a message is one sentence, no longer than any, that holds all the given words."""
+    message = str(message)
+    assert message.endswith("."), message
+    assert "\n" not in message
+    assert len(message) < 3000
+    for word in words:
+        assert str(word) in message, message
+
+
+@contextmanager
+def one_sentence(*words: object) -> Iterator[pytest.ExceptionInfo]:
+    """Expect an `InputError` of one sentence that holds all the given words."""
+    with pytest.raises(InputError) as caught:
+        yield caught
+    told(caught.value, *words)
+
+
 @pytest.fixture
 def complains():
-    """Return a context that expects an `InputError`, in one sentence with all the given words."""
-
-    @contextmanager
-    def context(*words):
-        with pytest.raises(InputError) as caught:
-            yield caught
-        message = str(caught.value)
-        assert message.endswith(".")
-        assert "\n" not in message
-        for word in words:
-            assert str(word) in message
-
-    return context
+    """Return `one_sentence`, for files that import nothing from here."""
+    return one_sentence

@@ -3,12 +3,15 @@
 Sizes, seeds and pictures are drawn.
 """
 
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import torch
 from PIL import Image
+from torch import nn
 
 from petseg_utils import IMAGE_FILE, TRIMAP_FILE, Pets
 
@@ -46,3 +49,14 @@ def write_pets(pets: Pets) -> None:
             path = pets.folder / file.format(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.numpy()).save(path, "PNG")  # which loses nothing
+
+
+def at_step(model: nn.Module, number: int, act: Callable[[], object]) -> None:
+    """Let `act` happen, once, when `model` begins a training step, counted from 0."""
+    steps = itertools.count()
+
+    def hook(module: nn.Module, _: object) -> None:
+        if module is model and module.training and next(steps) == number:
+            act()
+
+    model.register_forward_pre_hook(hook)

@@ -1,19 +1,17 @@
 """Real faults: kills, full disks, damaged files, odd values. Each ends right or in one sentence.
 
-`make faults` runs the long form, with more of each, and writes what was tried to runs/faults.md.
+`make faults` runs the long form, with more of each.
 """
 
 import gzip
 import hashlib
 import http.server
 import io
-import itertools
 import math
 import multiprocessing
 import os
 import pickle
 import random
-import re
 import resource
 import shutil
 import signal
@@ -22,24 +20,24 @@ import sys
 import tarfile
 import threading
 import time
-from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from drawn import at_step
 from filelock import FileLock
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import TINY, new_net
 from torchvision.datasets import OxfordIIITPet
 
 import petseg_utils as pets
-from conftest import alike, at_step, same_weights
+from conftest import alike, one_sentence, same_weights, told
 from experiments import run_notebook, sweep
-from experiments.read_runs import find_runs
 from petseg_utils import InputError, Recipe, UNet, draw_sample_pets, train
 from support import machine, safe_files
 from support.checkpoints import finite, load_tensors, save_tensors
@@ -49,44 +47,6 @@ KILLS, FLIPS, EXAMPLES = (30, 2000, 400) if LONG else (2, 200, 20)
 LONGEST = 300  # seconds that anything may take, on a machine that is busy with other things, too
 long = pytest.mark.skipif(not LONG, reason="takes minutes: make faults runs it")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="uses limits and mounts of Linux")
-TINY = Recipe(EPOCHS=3, BATCH_SIZE=3, BASE_CHANNELS=2, DEPTH=2, IMAGE_SIZE=16, PRECISION="float32")
-tried: Counter = Counter()  # (test, how it ended)
-
-
-def note(ended: str = "right") -> None:
-    """Count for the table how a fault ended; one that ends otherwise fails its test."""
-    test = re.search(r"::test_(\w+)", os.environ["PYTEST_CURRENT_TEST"])[1]
-    tried[test.replace("_", " "), ended] += 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table():
-    """Write what was tried as a table, in the long form."""
-    yield
-    if LONG:
-        lines = ["| what was tried | times | right | one sentence |", "|---|---|---|---|"]
-        for what in dict.fromkeys(what for what, _ in tried):
-            right, told = tried[what, "right"], tried[what, "one sentence"]
-            lines.append(f"| {what} | {right + told} | {right} | {told} |")
-        write(pets.ROOT / "runs/faults.md", "\n".join([*lines, ""]).encode())
-
-
-def told(message: str, *words) -> None:
-    """Check that a message is one sentence that holds all the given words, and count it."""
-    assert message.endswith("."), message
-    assert "\n" not in message
-    assert len(message) < 3000
-    for word in words:
-        assert str(word) in message, message
-    note("one sentence")
-
-
-@contextmanager
-def one_sentence(*words):
-    """Expect an `InputError` of one sentence that holds all the given words."""
-    with pytest.raises(InputError) as caught:
-        yield
-    told(str(caught.value), *words)
 
 
 def write(path: Path, data: bytes) -> None:
@@ -133,11 +93,6 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def new_net() -> UNet:
-    torch.manual_seed(0)
-    return UNet(TINY.BASE_CHANNELS, TINY.DEPTH)
-
-
 # --------------------------------------------------------------------------------------------- disk
 
 
@@ -151,15 +106,6 @@ def tiny_disk(tmp_path):
         pytest.skip("may not mount a disk of its own")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_full_disk_is_told_and_the_old_file_stays(tiny_disk):
-    path = tiny_disk / "file"
-    write(path, b"old")
-    with one_sentence(path, "No space left"):
-        write(path, bytes(3_000_000))
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tiny_disk) == ["file"]
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -252,31 +198,6 @@ def test_content_reaches_the_disk_before_the_new_name_does(tmp_path, monkeypatch
     assert rest == ["renamed", str(tmp_path)]
 
 
-@linux
-def test_kills_inside_writes_leave_the_old_file_or_the_new(tmp_path):
-    path = tmp_path / "run" / "file"
-
-    def write_on():
-        safe_files.own_folder(path.parent, 0)
-        for number in itertools.count():
-            write(path, bytes([number % 256]) * 4_000_000)
-
-    for number in range(KILLS):
-        process = child(write_on)
-        wait_for(path)
-        time.sleep(random.Random(number).uniform(0, 0.1))
-        kill(process)
-        content = path.read_bytes()
-        assert content == content[:1] * 4_000_000
-        note()
-        path.unlink()
-    # The next one removes what the killed ones left, and no dead one holds the lock.
-    process = child(write_on)
-    wait_for(path)
-    kill(process)
-    assert len(list(path.parent.glob(".*.draft"))) <= 1
-
-
 # -------------------------------------------------------------------------------------- two at once
 
 
@@ -327,7 +248,6 @@ def test_process_that_is_about_to_end_is_waited_for(owner, tmp_path, monkeypatch
     safe_files.own_folder(tmp_path / "run", 0)
     first.join()
     assert "waiting" in sys.stderr.getvalue()
-    note()
 
 
 def test_drafts_of_killed_runs_are_removed_with_the_start_of_the_next(tmp_path):
@@ -354,7 +274,6 @@ def test_drawing_at_once_draws_once_and_clears_what_killed_ones_left(tmp_path):
     for process in drawing:
         process.join(LONGEST)
         assert process.exitcode == 0
-        note()
     assert len(list((tmp_path / "oxford-iiit-pet" / "images").iterdir())) == 18
     assert not list(tmp_path.glob(".drawing-*"))
 
@@ -366,7 +285,6 @@ def test_killed_drawings_leave_nothing_that_looks_like_a_dataset(tmp_path):
         time.sleep(random.Random(number).uniform(0.05, 0.5))
         kill(process)
         assert not (tmp_path / "oxford-iiit-pet").exists()
-        note()
     draw_sample_pets(tmp_path, 4, 2, side=32)
     assert not list(tmp_path.glob(".drawing-*"))
 
@@ -378,31 +296,6 @@ def test_killed_drawings_leave_nothing_that_looks_like_a_dataset(tmp_path):
 def splits(pets):
     """Return images to train and to validate on, the same ones: two steps in each epoch."""
     return pets, pets
-
-
-@linux
-def test_killed_trainings_go_on_to_the_very_same_weights(tmp_path, splits):
-    path, recipe = tmp_path / "checkpoint.pt", TINY.but(EPOCHS=40, RESUME=True)
-
-    def go_on():
-        model = new_net()
-        train(model, *splits, recipe, path)
-        pets.save_weights(tmp_path / "weights.pt", model)
-
-    child(go_on).join()
-    whole = load_tensors(tmp_path / "weights.pt")
-    path.unlink()
-    for number in range(KILLS):
-        process = child(go_on)
-        wait_for(path)
-        time.sleep(random.Random(number).uniform(0, 0.5))
-        kill(process)
-        assert 1 <= len(load_tensors(path)["history"]) <= 40
-        note()
-        if number % 3 == 2 or number == KILLS - 1:  # killed up to three times, then to its end
-            child(go_on).join()
-            assert alike(load_tensors(tmp_path / "weights.pt"), whole)
-            path.unlink()
 
 
 def ctrl_c() -> None:
@@ -421,7 +314,6 @@ def test_interrupted_training_says_what_is_kept_and_the_same_cell_goes_on(tmp_pa
     again = train(model, *splits, TINY, path)
     assert same_weights(model, whole)
     assert [row["train_loss"] for row in again] == [row["train_loss"] for row in history]
-    note()
 
 
 @pytest.mark.parametrize("changes", [{}, {"LEARNING_RATE": 0.002}], ids=["no file", "other recipe"])
@@ -460,12 +352,12 @@ def checkpoint(tmp_path_factory, splits) -> Path:
     return path
 
 
-@pytest.fixture(params=["checkpoint", "weights", "small file"])
+@pytest.fixture(params=["checkpoint", "small file"])
 def intact_file(request, checkpoint, tmp_path) -> Path:
     """Return a file of tensors to damage."""
-    content, small = load_tensors(checkpoint), torch.arange(20.0) if LONG else torch.ones(1)
-    kinds = {"checkpoint": content, "weights": content["model"], "small file": {"a": small}}
-    save_tensors(tmp_path / f"{request.param}.pt", kinds[request.param])
+    small = {"a": torch.arange(20.0) if LONG else torch.ones(1)}
+    content = load_tensors(checkpoint) if request.param == "checkpoint" else small
+    save_tensors(tmp_path / f"{request.param}.pt", content)
     return tmp_path / f"{request.param}.pt"
 
 
@@ -481,42 +373,33 @@ def test_flipped_bits_are_refused_or_hit_nothing(intact_file):
         intact_file.write_bytes(damaged)
         try:
             assert alike(load_tensors(intact_file), intact), bit
-            note()
         except InputError as error:
-            told(str(error), intact_file)
+            told(error, intact_file)
 
 
 NAN, GONE = math.nan, object()
 CHECKPOINTS = {  # what is changed, inside of what, and to what
     "NaN weights": ("model/out.bias", torch.full((3,), NAN)),
-    "infinite average": ("average/module.out.bias", torch.full((3,), math.inf)),
     "NaN in the history": ("history/0/train_loss", NAN),
     "empty schedule": ("schedule", {}),
-    "schedule a number": ("schedule", 3),
     "history a text": ("history", "one"),
-    "history of texts": ("history", ["one"]),
     "history of empty rows": ("history", [{}]),
     "history of wrong epochs": ("history/0/epoch", 2),
     "history with a text": ("history/0/train_loss", "low"),
     "no history": ("history", GONE),
     "no model": ("model", GONE),
     "model a list": ("model", []),
-    "model None": ("model", None),
     "a weight missing": ("model/out.bias", GONE),
     "a weight too many": ("model/more", torch.ones(1)),
     "a weight of another shape": ("model/out.bias", torch.ones(4)),
     "a weight a text": ("model/out.bias", "heavy"),
     "no recipe": ("recipe", GONE),
-    "recipe a list": ("recipe", [1]),
     "another recipe": ("recipe/LEARNING_RATE", 0.5),
     "optimizer empty": ("optimizer", {}),
     "optimizer without groups": ("optimizer/param_groups", []),
-    "momentum of another shape": ("optimizer/state/0/momentum", torch.ones(5)),
     "momentum missing": ("optimizer/state/0", {}),
-    "momentum a text": ("optimizer/state/0/momentum", "much"),
+    "momentum of another shape": ("optimizer/state/0/momentum", torch.ones(5)),
     "a list": ("", [1, 2]),
-    "a tensor": ("", torch.ones(3)),
-    "nothing": ("", None),
     "empty": ("", {}),
 }
 
@@ -562,15 +445,9 @@ OLD_FORMAT = {"_use_new_zipfile_serialization": False}
 RAW = {
     "empty": lambda data: b"",
     "half": lambda data: data[: len(data) // 2],
-    "all but a byte": lambda data: data[:-1],
     "first byte missing": lambda data: data[1:],
-    "zeros": lambda data: bytes(len(data)),
     "noise": lambda data: random.Random(0).randbytes(len(data)),
-    "text": lambda data: b"weights, weights\n" * 99,
-    "page": lambda data: b"<!DOCTYPE html><html>404</html>",
-    "gzip": gzip.compress,
     "zip of nothing": lambda data: b"PK\x05\x06" + bytes(18),
-    "pickle": lambda data: pickle.dumps({"model": 1}),
     "pickle with code": lambda data: pickle.dumps({"model": Evil()}),
     "torch file with code": lambda data: saved({"model": Evil()}),
     "old torch format": lambda data: saved({"a": torch.ones(1)}, **OLD_FORMAT),
@@ -714,11 +591,6 @@ def linked(folder):
     (folder / PHOTO).symlink_to(folder / "elsewhere.jpg")
 
 
-def one_pixel(folder):
-    Image.new("RGB", (1, 1), 1).save(folder / PHOTO)
-    Image.new("L", (1, 1), 1).save(folder / TRIMAP)
-
-
 def grey16(image):
     return encode(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG")
 
@@ -728,7 +600,6 @@ RIGHT = {  # these load as the intact dataset does
     "as it is": lambda folder: None,
     "UTF-8 with BOM": trainval(lambda text: b"\xef\xbb\xbf" + text.encode()),
     "UTF-16": trainval(lambda text: text.encode("utf-16")),
-    "UTF-16, big end first": trainval(lambda text: b"\xfe\xff" + text.encode("utf-16-be")),
     "Latin-1 comment": trainval(lambda text: "# ausgewählt\n".encode("latin-1") + text.encode()),
     "Latin-1 name": renamed("Bengalé_1", "latin-1"),
     "UTF-8 name": renamed("孟加拉_1"),
@@ -737,42 +608,22 @@ RIGHT = {  # these load as the intact dataset does
     "line ends of an old Mac": trainval(lambda text: text.replace("\n", "\r")),
     "no last line end": trainval(lambda text: text.rstrip()),
     "blank lines": trainval(lambda text: text.replace("\n", "\n \n")),
-    "comment": trainval(lambda text: "#Image CLASS-ID\n" + text),
     "indented comment": trainval(lambda text: "   # Image\n\t#\n" + text),
-    "tabs": trainval(lambda text: text.replace(" ", "\t")),
-    "spaces around": trainval(lambda text: text.replace("\n", "   \n  ")),
+    "tabs and spaces": trainval(lambda text: text.replace(" ", "\t").replace("\n", "   \n  ")),
     "names alone": listed(lambda line: f"{line.split()[0]}\n"),
     "one column less": listed(lambda line: f"{line.rsplit(' ', 1)[0]}\n"),
-    "name with a space": renamed("Ben gal_1"),
-    "name with hyphen and dot": renamed("Ben-gal.a+b_1"),
+    "name with space, hyphen and dot": renamed("Ben gal-a.b+c_1"),
     "name of 200 letters": renamed("B" * 198 + "_1"),
     "link to a photo": linked,
-    "PNG named jpg": recoded("PNG"),
     "RGBA PNG named jpg": recoded("PNG", "RGBA"),
     "GIF named jpg": recoded("GIF"),
-    "WebP named jpg": recoded("WEBP", lossless=True),
-    "BMP named jpg": recoded("BMP"),
-    "TIFF named jpg": recoded("TIFF"),
-    "CMYK JPEG": recoded("JPEG", "CMYK", quality=95),
-    "progressive JPEG": recoded("JPEG", quality=95, progressive=True),
     "photo with bytes behind it": rewritten(PHOTO, lambda data: data + b"more" * 99),
-    "EXIF: not turned": turned(1),
-    "EXIF 6, trimap as shown": turned(6, TURN.ROTATE_90),
     "EXIF 8, trimap as shown": turned(8, TURN.ROTATE_270),
     "EXIF 5, trimap as shown": turned(5, TURN.TRANSPOSE),
-    "EXIF 7, trimap as shown": turned(7, TURN.TRANSVERSE),
     "pictures that no split lists": lambda folder: shutil.copy(
         folder / PHOTO, folder / "images" / "stray_1.jpg"
     ),
     "junk of a Mac": lambda folder: (folder / "images" / "._Bengal_1.jpg").write_bytes(b"junk"),
-}
-OTHERWISE_RIGHT = {  # these load, with another content
-    "grey JPEG": recoded("JPEG", "L"),
-    "black and white PNG": recoded("PNG", "1"),
-    "grey PNG with transparency": recoded("PNG", "LA"),
-    "trimap all background": pointed(2),
-    "trimap of 1 and 2 only": pointed(1, 1, 2, 2),
-    "photo of one pixel": one_pixel,
 }
 LISTED = {  # names in trainval.txt that are refused
     "absolute name": "/etc/passwd", "name outside": "../outside/x_1",
@@ -789,8 +640,6 @@ REPLACED = {  # what takes a file's place, made of it, with words of the sentenc
         "UTF-16 without its mark": (lambda text: text.encode("utf-16-le"), "line 1"),
         "noise": (lambda text: random.Random(1).randbytes(2000), "line"),
         "zeros": (lambda text: bytes(500), "line 1"),
-        "page": (lambda text: "<!DOCTYPE html>\n<html>404</html>\n", "line 1"),
-        "JPEG": (lambda text: b"\xff\xd8\xff\xe0\x00\x10JFIF", "line 1"),
         "empty": (lambda text: "", "names no images", "extract"),
         "comments only": (lambda text: "# nothing\n#\n \n", "names no images"),
         "cut in a line": (lambda text: text[:-12] + "\npu", "line 24"),
@@ -808,32 +657,21 @@ REPLACED = {  # what takes a file's place, made of it, with words of the sentenc
     PHOTO: {
         "empty": (lambda data: b"", "replace it"),
         "cut": (lambda data: data[: len(data) // 2],),
-        "header alone": (lambda data: data[:30],),
-        "a text": (lambda data: b"a cat",),
         "an unfinished PPM header": (lambda data: b"P6 12",),
-        "a page": (lambda data: b"<html>404</html>",),
         "without its first byte": (lambda data: data[1:],),
-        "zeros": (lambda data: bytes(len(data)),),
-        "compressed": (lambda data: gzip.compress(data),),
         "a cut PNG": (lambda image: encode(image, "PNG")[:-40],),
         "of 16 bits": (lambda image: grey16(image), "8 bits"),
-        "of 32 bits": (lambda image: encode(image.convert("L"), "TIFF", "I"), "8 bits"),
         "of floats": (lambda image: encode(image.convert("L"), "TIFF", "F"), "8 bits"),
         "of 225 megapixels": (
             lambda data: encode(Image.new("1", (15000, 15000)), "PNG"), "15000", "200,000,000"
         ),
-        "of 484 megapixels": (lambda data: encode(Image.new("1", (22000, 22000)), "PNG"),),
     },
     TRIMAP: {
         "empty": (lambda data: b"", "replace it"),
         "cut": (lambda data: data[: len(data) // 2],),
-        "a text": (lambda data: b"1 2 3",),
         "with a wrong checksum": (lambda data: data[:45] + bytes([data[45] ^ 1]) + data[46:],),
         "in colour": (lambda image: encode(image, "PNG", "RGB"), "RGB"),
-        "with transparency": (lambda image: encode(image, "PNG", "LA"), "LA"),
-        "with a palette": (lambda image: encode(image, "PNG", "P"),),
         "of 16 bits": (lambda image: grey16(image),),
-        "of one bit": (lambda image: encode(image, "PNG", "1"), "mode 1"),
         "a JPEG": (lambda image: encode(image.point(lambda v: v * 60), "JPEG"),),
         "of another size": (lambda image: encode(image.resize((9, 9)), "PNG"), "(9, 9)"),
     },
@@ -849,23 +687,11 @@ WRONG = {  # these are refused, in a sentence with these words
     "trimap with a 4": (pointed(1, 1, 2, 4, 2), "Bengal_1.png", "value 4"),
     "trimap of 0 and 255": (pointed(0, 255, 0), "Bengal_1.png", "value 0"),
     "split missing": (without(TRAINVAL), "trainval.txt", "missing"),
-    "test split missing": (without(TEST), "test.txt", "missing"),
     "split a folder": (a_folder(TRAINVAL), "trainval.txt", "missing"),
     "photo missing": (without(PHOTO), PHOTO, "line 1"),
     "trimap missing": (without(TRIMAP), "Bengal_1.png", "line 1"),
     "half extracted": (without("images/*.jpg", 20), "that are not there", "extract"),
-    "photos missing": (lambda folder: shutil.rmtree(folder / "images"), "24 files"),
-    "photo a folder": (a_folder(PHOTO), "Bengal_1.jpg"),
     "photo a pipe": (a_folder(PHOTO, os.mkfifo), "Bengal_1.jpg"),
-    "link to nothing": (
-        lambda folder: (linked(folder), (folder / "elsewhere.jpg").unlink()), "Bengal_1.jpg",
-    ),
-    "one image a breed": (
-        listed(lambda line: line * ("_1 " in line)), "no valid images", "trainval.txt",
-    ),
-    "three images": (
-        listed(lambda line: line * bool(re.match("pug_[123] ", line))), "images", "BATCH_SIZE",
-    ),
     "photo of another size": (
         rewritten(PHOTO, lambda image: encode(image.resize((30, 31)), "JPEG")),
         "Bengal_1.png", "31",
@@ -898,14 +724,12 @@ def test_odd_dataset_loads_as_the_intact_one_does(expected, folder, damage):
     assert (mask == expected["Bengal_1"][1]).float().mean() > 0.98
     assert expected.keys() - found.keys() == {"Bengal_1"}
     assert all(alike(pair, expected[name]) for name, pair in found.items())
-    note()
 
 
-@pytest.mark.parametrize("damage", OTHERWISE_RIGHT)
-def test_odd_picture_loads(folder, damage):
-    OTHERWISE_RIGHT[damage](folder)
+def test_grey_photo_and_a_trimap_that_is_all_background_load(folder):
+    recoded("JPEG", "L")(folder)
+    pointed(2)(folder)
     assert sum(len(split.names) for split in read(folder).values()) == 36
-    note()
 
 
 @pytest.mark.parametrize("damage", WRONG)
@@ -918,25 +742,16 @@ def test_damaged_dataset_is_told(folder, damage):
 
 
 @pytest.mark.parametrize(("count", "names"), [(1, 1), (5, 5), (10, 10), (12, 10)])
-def test_all_bad_files_are_told_together(folder, count, names):
+def test_all_bad_files_of_all_splits_are_told_when_one_is_loaded(folder, count, names):
     paths = sorted((folder / "annotations" / "trimaps").glob("*.png"))
     for path in paths[:count]:
         path.write_bytes(b"no picture")
     with pytest.raises(InputError) as caught:
-        pets.load_pets(folder, [path.stem for path in paths], 16)
+        pets.load_pets(folder, pets.read_split(folder, "trainval"), 16)
     message = str(caught.value)
     told(message, f"{count} of 36 images" if count > 1 else "")
     assert message.count(".png cannot be decoded") == names
     assert ("and 2 more" in message) == (count == 12)
-
-
-def test_bad_files_of_all_splits_are_told_when_the_first_split_is_loaded(folder):
-    train, test = (pets.read_split(folder, split) for split in ("trainval", "test"))
-    bad = [pets.files_of(folder, train[0])[0], pets.files_of(folder, test[0])[1]]
-    for path in bad:
-        path.write_bytes(b"")
-    with one_sentence("2 of 36 images", *(path.name for path in bad)):
-        pets.load_pets(folder, train, 16)
 
 
 # ------------------------------------------------------------------------------------------- values
@@ -973,26 +788,19 @@ SMALL = {
 }  # fmt: skip
 # Without a deadline, which a busy machine would miss.
 bounded = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    derandomize=True,
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 VERY_LONG = "猫x" * 2000
 
 
 @pytest.mark.parametrize("act", [
     lambda: Recipe(**{VERY_LONG: 1}), lambda: Recipe(EPOCHS=VERY_LONG),
-    lambda: Recipe(RUN_NAME=VERY_LONG),
-    lambda: pets.find_dataset(VERY_LONG), lambda: pets.open_image(VERY_LONG),
-    lambda: run_notebook.run(VERY_LONG), lambda: sweep.main(VERY_LONG),
-    lambda: sweep.main("", workers=VERY_LONG),
-    lambda: find_runs(VERY_LONG), lambda: sweep.check_runs({"a": {VERY_LONG: 1}}),
-], ids=range(10))  # fmt: skip
+    lambda: pets.find_dataset(VERY_LONG), lambda: sweep.main("", workers=VERY_LONG),
+], ids=range(4))  # fmt: skip
 def test_very_long_name_or_value_is_not_repeated_whole(act):
     with pytest.raises(InputError) as caught:
         act()
-    told(str(caught.value))
+    told(caught.value)
     assert len(str(caught.value)) < 1300  # all parameters' names alone take 400
 
 
@@ -1008,15 +816,17 @@ def test_any_value_of_any_parameter_is_taken_or_refused_at_once(name):
                 pets.find_dataset(recipe.DATA_DIR)
             if name == "PHOTO" and recipe.PHOTO:
                 pets.open_image(pets.ROOT / recipe.PHOTO)
-            note()
         except InputError as error:
-            told(str(error))
+            told(error)
 
     check()
 
 
 @bounded
 @given(st.fixed_dictionaries({}, optional=SMALL))
+@example({"EPOCHS": 1, "BATCH_SIZE": 8})  # a single step
+# The bottleneck has one pixel: a batch of the image left over would have nothing to normalise.
+@example({"IMAGE_SIZE": 8, "DEPTH": 3, "BATCH_SIZE": 7})
 def test_any_combination_trains_or_is_refused(intact, values):
     side = values.get("IMAGE_SIZE", 16)
     score = values.get("SCORE_SIZE") or side
@@ -1030,15 +840,14 @@ def test_any_combination_trains_or_is_refused(intact, values):
 
     try:
         recipe = TINY.but(**{"EPOCHS": 1, "BATCH_SIZE": 4} | values)
-        model = UNet(recipe.BASE_CHANNELS, recipe.DEPTH, norms=recipe.NORMS, skips=recipe.SKIPS)
+        model = new_net(recipe)
         held_out = some(3, score)
         history = train(model, some(8, side), held_out, recipe)
         assert len(history) == recipe.EPOCHS
         assert finite(history)
         assert pets.evaluate(model, held_out, torch.float32, flip=recipe.FLIP).sum() == 3 * score**2
-        note()
     except InputError as error:
-        told(str(error))
+        told(error)
 
 
 # ------------------------------------------------------------------------------------------- memory
@@ -1106,69 +915,40 @@ def test_limit_of_the_address_space_is_forecast():
 # ----------------------------------------------------------------------------------------- download
 
 
-WHOLE = (200, lambda data: data)
-DOWNLOADS = {  # the status of each answer, and what becomes of the archive
-    "whole": WHOLE,
-    "cut": (200, lambda data: data[: len(data) // 2]),
-    "wrong": (200, lambda data: data[:-100] + bytes(100)),
-    "not there": (404, lambda data: data),
-    "overloaded": (503, lambda data: data),
+DOWNLOADS = {  # what becomes of the first archive
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "wrong": lambda path: path.write_bytes(path.read_bytes()[:-100] + bytes(100)),
+    "not there": Path.unlink,
 }
 
 
 @pytest.fixture
-def server(intact, tmp_path, monkeypatch):
-    """Serve the two archives of a small dataset here, as `server.answer` of `DOWNLOADS` says."""
-    archives = {}
-    for name in ("images", "annotations"):
-        with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as archive:
-            archive.add(intact / name, name)
-        archives[f"/{name}.tar.gz"] = (tmp_path / f"{name}.tar.gz").read_bytes()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, change = host.answer
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(archives[self.path])))
-            self.end_headers()
-            self.wfile.write(change(archives[self.path]))
-
-        def log_message(self, *arguments):
-            pass
-
-    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    host.answer = WHOLE
-    threading.Thread(target=host.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{host.server_port}"
-    sums = {f"{address}{name}": hashlib.md5(data).hexdigest() for name, data in archives.items()}
-    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", list(sums.items()))
-    yield host
-    host.shutdown()
-    host.server_close()
+def served(intact, tmp_path, monkeypatch):
+    """Return the folder from which the two archives of a small dataset are downloaded."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        resources = []
+        for name in ("images", "annotations"):
+            path = tmp_path / f"{name}.tar.gz"
+            with tarfile.open(path, "w:gz") as archive:
+                archive.add(intact / name, name)
+            address = f"http://127.0.0.1:{host.server_port}/{path.name}"
+            resources.append((address, hashlib.md5(path.read_bytes()).hexdigest()))
+        monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", resources)
+        yield tmp_path
+        host.shutdown()
 
 
-@pytest.mark.parametrize("answer", DOWNLOADS)
-def test_download_works_and_after_a_fault_works_again(server, expected, tmp_path, answer):
-    if answer != "whole":
-        server.answer = DOWNLOADS[answer]
-        with one_sentence("try again", "images.tar.gz", "annotations.tar.gz"):
-            pets.find_dataset(tmp_path / "data", download=True)
-        server.answer = WHOLE
-    assert alike(by_name(pets.find_dataset(tmp_path / "data", download=True)), expected)
-    note()
-
-
-def test_download_without_a_network_is_told(tmp_path, monkeypatch):
-    nowhere = [("http://127.0.0.1:9/images.tar.gz", "0" * 32)]
-    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", nowhere)
-    with one_sentence("try again", "images.tar.gz", str(tmp_path)):
+@pytest.mark.parametrize("fault", DOWNLOADS)
+def test_download_after_a_fault_works_again(served, expected, tmp_path, fault):
+    archive = served / "images.tar.gz"
+    whole = archive.read_bytes()
+    DOWNLOADS[fault](archive)
+    with one_sentence("try again", "images.tar.gz", "annotations.tar.gz"):
         pets.find_dataset(tmp_path / "data", download=True)
-
-
-def test_download_to_a_full_disk_is_told(server, tiny_disk):
-    (tiny_disk / "other").write_bytes(bytes(2_000_000))
-    with one_sentence("No space left"):
-        pets.find_dataset(tiny_disk / "data", download=True)
+    archive.write_bytes(whole)
+    assert alike(by_name(pets.find_dataset(tmp_path / "data", download=True)), expected)
 
 
 # ----------------------------------------------------------------------------------------- make run
@@ -1206,8 +986,11 @@ def test_bad_name_of_a_run_leaves_no_folder(name):
     assert before == (set(pets.ROOT.iterdir()), set(pets.ROOT.glob("runs/*")))
 
 
-def test_last_line_of_make_run_is_the_sentence():
-    told(last_line(start("run", "../zz")), "NAME should be")
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["run", "../zz"], "NAME should be"), (["photo", __file__], "cannot be decoded"),
+])  # fmt: skip
+def test_last_line_of_a_command_is_the_sentence(words, sentence):
+    told(last_line(start(*words)), sentence)
 
 
 INTERRUPTER = """import os, signal, sys
@@ -1273,10 +1056,7 @@ def test_second_run_of_a_name_is_refused(run_folder):
 
 
 @long
-@pytest.mark.parametrize(
-    "values",
-    [{"DEPTH": 5}, {"SCORE_SIZE": 512}, {"BASE_CHANNELS": 32, "DEPTH": 5, "IMAGE_SIZE": 64}],
-)
+@pytest.mark.parametrize("values", [{"SCORE_SIZE": 512}, {"BASE_CHANNELS": 32, "DEPTH": 5}])
 def test_forecast_of_the_memory_is_about_what_a_notebook_takes(run_folder, values):
     process = start_run(run_folder.name, **values)
     peak = 0

@@ -36,9 +36,6 @@ def shown(pattern: str) -> tuple[str, ...]:
     return found.groups()
 
 
-# ------------------------------------------------------------------- the notebook
-
-
 def test_kept_notebook_ran_from_its_first_cell_to_its_last_without_errors():
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     assert not [output for output in OUTPUTS if output.output_type == "error"]
@@ -85,9 +82,6 @@ def test_kept_run_was_scored_with_flipping():
     assert float(told) == pytest.approx(gain(), abs=0.006)
 
 
-# ------------------------------------------------------------------- metrics, history, weights
-
-
 def test_kept_run_is_of_the_reference_net_on_all_images():
     assert (RECIPE.DATASET, RECIPE.LIMIT) == ("oxford", 0)
     assert (RECIPE.BASE_CHANNELS, RECIPE.DEPTH) == (32, 5)
@@ -95,20 +89,6 @@ def test_kept_run_is_of_the_reference_net_on_all_images():
     assert TEST["images"] == 3669
     assert sum(map(sum, TEST["confusion_matrix"])) == 3669 * 256**2
     assert TEST["pixel_accuracy"] > 0.881  # the reference
-
-
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_kept_scores_follow_from_the_confusion_matrix(split):
-    again = pets.scores(torch.tensor(RUN[split]["confusion_matrix"]))
-    assert again == {name: RUN[split][name] for name in again}
-    assert RUN[split]["images"] == RUN["dataset"][split]
-
-
-def test_kept_history_has_all_epochs_and_their_seconds():
-    assert [row["epoch"] for row in RUN["history"]] == list(range(1, RECIPE.EPOCHS + 1))
-    assert sum(row["seconds"] for row in RUN["history"]) == pytest.approx(
-        RUN["training"]["seconds"]
-    )
 
 
 def test_kept_weights_are_small_and_fit_the_reference_net():
@@ -127,9 +107,6 @@ def test_kept_weights_know_pets(oxford):
     matrices = pets.evaluate(pets.load_net(FOLDER)[0], few, torch.float32, flip=RECIPE.FLIP)
     accuracy = pets.scores(matrices.sum(0))["pixel_accuracy"]
     assert accuracy == pytest.approx(TEST["pixel_accuracy"], abs=0.04)
-
-
-# ------------------------------------------------------------------- the READMEs
 
 
 def test_readmes_quote_the_kept_run():

@@ -66,9 +66,6 @@ def test_figure_has_alt_text_and_can_be_saved_without_a_warning(pets, tmp_path, 
     assert len(np.unique(pixels)) > 10  # not blank
 
 
-# ------------------------------------------------------------------- colours
-
-
 RGB = [to_rgb(color) for color in COLORS.values()]
 
 
@@ -91,9 +88,6 @@ def test_mask_with_an_image_is_halfway_between_both(pets):
     np.testing.assert_allclose(colorize(mask, image), expected)
 
 
-# ------------------------------------------------------------------- the grid
-
-
 def test_grid_shows_each_column_under_its_title_each_row_by_its_name_and_a_legend(pets):
     figure = grid_of(pets)
     axes = np.array(figure.axes).reshape(2, 2)
@@ -106,9 +100,6 @@ def test_grid_shows_each_column_under_its_title_each_row_by_its_name_and_a_legen
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(CLASSES)
     assert [patch.get_facecolor()[:3] for patch in legend.get_patches()] == RGB
-
-
-# ------------------------------------------------------------------- the U
 
 
 def labels_of(figure: Figure) -> list:

@@ -1,10 +1,6 @@
 """Faults that people report: odd photos, containers, papermill's options, and other locales."""
 
 import math
-import os
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,21 +32,16 @@ TURNED = Image.Exif()
 TURNED[0x112] = 6
 TURN = {"exif": TURNED.tobytes()}
 PHOTOS = {
-    "HEIC": ("heic", "RGB", (40, 30), {}),
     "HEIC, turned": ("heic", "RGB", (30, 40), TURN),
-    "AVIF": ("avif", "RGB", (40, 30), {}),
     "AVIF, turned": ("avif", "RGB", (30, 40), TURN),
-    "JPEG, turned": ("jpg", "RGB", (30, 40), TURN),
     "JPEG, CMYK": ("jpg", "CMYK", (40, 30), {}),
     "JPEG, 20 : 1": ("jpg", "RGB", (200, 10), {}),
     "WebP, turned": ("webp", "RGB", (30, 40), TURN),
     "WebP, animated": (
         "webp", "RGB", (40, 30), {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]},
     ),
-    "GIF": ("gif", "P", (40, 30), {}),
     "GIF, transparent": ("gif", "P", (40, 30), {"transparency": 0}),
     "PNG, transparent": ("png", "RGBA", (40, 30), {}),
-    "PNG, grey and transparent": ("png", "LA", (40, 30), {}),
     "PNG, 1 x 1": ("png", "RGB", (1, 1), {}),
 }  # fmt: skip
 
@@ -204,11 +195,9 @@ def execute(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (["-k", "nokernel"], "nokernel"), (["--engine", "steam"], "steam"),
-    (["-f", "missing.yaml"], "missing.yaml"), (["-f", "/tmp"], "/tmp"), (["-y", "{"], "parsing"),
-    (["-y", "- 1"], "sequence"), (["-b", "x"], "base64"), (["--cwd", "/nowhere"], "/nowhere"),
-    (["--log-level", "loud"], "loud"), (["more"], "more"), (["-p", "A"], "2 arguments"),
-    (["--start-timeout", "x"], "integer"), (["--no-such-option"], "no-such-option"),
+    (["-k", "nokernel"], "nokernel"), (["-f", "missing.yaml"], "missing.yaml"),
+    (["-y", "{"], "parsing"), (["-y", "- 1"], "sequence"), (["-b", "x"], "base64"),
+    (["--cwd", "/nowhere"], "/nowhere"), (["--no-such-option"], "no-such-option"),
     (["--execution-timeout", "1"], "timed out"),
 ], ids=str)  # fmt: skip
 def test_option_of_papermill_that_fails_is_told(execute, complains, options, words):
@@ -245,30 +234,16 @@ def test_parameters_reach_a_notebook_in_an_odd_folder(execute, tmp_path, monkeyp
 # ------------------------------------------------------------------------------------------ locales
 
 
-def latin_1(folder: Path) -> dict[str, str]:
-    """Return the environment of a Latin-1 locale that is made in a folder, or skip the test."""
-    name = "en_US.ISO-8859-1"
-    with suppress(FileNotFoundError):  # localedef, where there is none
-        made = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(folder / name)]
-        subprocess.run(made, capture_output=True, check=False)
-    environment = {"LC_ALL": name, "LOCPATH": str(folder), "PYTHONUTF8": "0"}
-    ask = [sys.executable, "-c", "import locale; print(locale.getpreferredencoding(False))"]
-    said = subprocess.check_output(ask, env={**os.environ, **environment})
-    if b"8859-1" not in said:
-        pytest.skip("no Latin-1 locale can be made here")
-    return environment
-
-
-def test_text_is_read_as_utf_8_whatever_the_locale(execute, tmp_path, monkeypatch):
-    for name, value in latin_1(tmp_path).items():
+def test_text_is_read_as_utf_8_whatever_the_locale(execute, monkeypatch):
+    ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for name, value in (ascii_locale | {"PYTHONPATH": str(pets.ROOT)}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", str(pets.ROOT))
     page = pets.ROOT / "notebooks" / "explorer.html"
     cells = nbformat.read(pets.ROOT / "notebooks" / "going_deeper.ipynb", 4).cells
     lines = [line for cell in cells for line in cell.source.splitlines()]
     (reads,) = [line for line in lines if line.startswith("page = ")]
     execute(
-        "import locale\nassert '8859-1' in locale.getpreferredencoding(False)\n"
+        "import locale\nassert locale.getpreferredencoding(False) == 'ANSI_X3.4-1968'\n"
         f"import petseg_utils as pets\n{reads}\n"
         f"assert page.encode() == open({str(page)!r}, 'rb').read()"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn import draw
+from drawn import draw, expect
 from PIL import Image
 from torch import Tensor
 
@@ -27,8 +27,7 @@ def test_split_is_what_its_file_lists(copied, split):
     shutil.copy(copied / "images" / "pug_1.jpg", copied / "images" / "stray_1.jpg")
     lines = (copied / "annotations" / f"{split}.txt").read_text(encoding="utf-8").splitlines()
     expected, found = sorted(line.split()[0] for line in lines), read_split(copied, split)
-    what = f"the {len(expected)} names of {split}.txt, sorted"
-    assert found == expected, f"expected {what}, found {len(found)}"
+    expect(found == expected, f"the {len(expected)} names of {split}.txt, sorted", len(found))
 
 
 def test_limit_draws_names_by_the_seed(sample):
@@ -37,11 +36,11 @@ def test_limit_draws_names_by_the_seed(sample):
     names = read_split(sample, "trainval")
     some = [read_split(sample, "trainval", limit, s) for s in (seed, seed, seed + 1, seed + 2)]
     for found in some:
-        assert len(set(found)) == limit, f"expected {limit} names with limit={limit}, found others"
-        assert found == sorted(set(found) & set(names)), "expected names of the split, sorted"
-    assert some[0] == some[1], "expected the same names for the same seed, found others"
-    assert len(set(map(tuple, some))) == 3, "expected other names for another seed, found the same"
-    assert names[:limit] not in some, "expected names drawn by the seed, found the first ones"
+        expect(len(set(found)) == limit, f"{limit} names with limit={limit}")
+        expect(found == sorted(set(found) & set(names)), "names of the split, sorted")
+    expect(some[0] == some[1], "the same names for the same seed")
+    expect(len(set(map(tuple, some))) == 3, "other names for another seed", "the same")
+    expect(names[:limit] not in some, "names drawn by the seed", "the first ones")
 
 
 def test_missing_file_is_named(copied):
@@ -55,16 +54,15 @@ def test_missing_file_is_named(copied):
 def test_held_out_images_are_a_share_of_every_breed_and_no_others(fraction):
     seed = draw("held out").randrange(1000)
     first, again, other = (hold_out(NAMES, fraction, seed=s) for s in (seed, seed, seed + 1))
-    assert first == again, "expected the same images for the same seed, found others"
-    assert first != other, "expected other images for another seed, found the same"
+    expect(first == again, "the same images for the same seed")
+    expect(first != other, "other images for another seed", "the same")
     rest, held = first
-    common = set(rest) & set(held)
-    assert not common, f"expected no name on both sides, found {min(common)}"
-    lost = set(NAMES) ^ {*rest, *held}
-    assert not lost, f"expected every name on one side, found {min(lost)} on none"
+    common = sorted({*rest} & {*held})
+    expect(not common, "no name on both sides", common[:1])
+    expect({*rest, *held} == {*NAMES}, "every name on one side")
     found = {breed: sum(name.startswith(breed) for name in held) for breed in BREEDS}
-    what = f"{round(30 * fraction)} of 30 held out of every breed"
-    assert set(found.values()) == {round(30 * fraction)}, f"expected {what}, found {found}"
+    count = round(30 * fraction)
+    expect(set(found.values()) == {count}, f"{count} of 30 held out of every breed", found)
 
 
 @pytest.mark.parametrize("resize", ["nearest", "bilinear"])
@@ -78,14 +76,13 @@ def test_masks_are_resized_by_nearest_neighbour_and_shifted(sample, resize):
         pets = load_pets(sample, names, side, mask_side=mask_side, resize=resize)
         size = 2 * [mask_side or side]
         dtypes = {pets.images.dtype, pets.masks.dtype}
-        assert dtypes == {torch.uint8}, f"expected uint8, found {dtypes}"
-        assert list(pets.masks.shape[1:]) == size, f"expected masks of side {size[0]}, found others"
+        expect(dtypes == {torch.uint8}, "uint8", dtypes)
+        expect(list(pets.masks.shape[1:]) == size, f"masks of side {size[0]}")
         for name, mask in zip(names, pets.masks, strict=True):
             trimap = Image.open(sample / "annotations" / "trimaps" / f"{name}.png")
             expected = np.array(trimap.resize(size, Image.Resampling[resize.upper()])) - 1
             wrong = int((mask.numpy() != expected).sum())
-            what = f"the trimap by {how} minus 1"
-            assert wrong == 0, f"expected {what}, found {wrong} other pixels in {name}"
+            expect(not wrong, f"the trimap by {how} minus 1", f"{wrong} other pixels in {name}")
 
 
 def test_images_are_resized_smoothly_and_belong_to_their_names(sample):
@@ -93,16 +90,12 @@ def test_images_are_resized_smoothly_and_belong_to_their_names(sample):
     names, side = read_split(sample, "test"), random.randint(20, 36)
     random.shuffle(names)
     pets = load_pets(sample, names, side, mask_side=side + 5)
-    assert list(pets.names) == names, "expected the names that were asked for, found others"
+    expect(list(pets.names) == names, "the names that were asked for")
     for name, image in zip(names, pets.images, strict=True):
         photo = Image.open(sample / "images" / f"{name}.jpg").convert("RGB")
         expected = np.array(photo.resize((side, side), Image.Resampling.BILINEAR), dtype=float)
         error = np.abs(image.permute(1, 2, 0).numpy() - expected).mean()
-        what = f"{name} resized bilinearly"
-        assert error < 2, f"expected {what}, found a mean difference of {error:.0f}"
-
-
-# ------------------------------------------------------------------- augmentation
+        expect(error < 2, f"{name} resized bilinearly", f"a mean difference of {error:.0f}")
 
 
 @pytest.fixture(scope="module")
@@ -119,30 +112,27 @@ def moved() -> tuple[Tensor, Tensor, Tensor]:
 def test_mask_moves_with_its_image(moved):
     _, images, masks = moved
     agree = ((images.float().mean(1) > 130) == (masks == 0))[masks != IGNORE].float().mean()
-    what = "the labels where the image has them"
-    assert agree > 0.95, f"expected {what}, found {agree:.0%} of the pixels so"
+    expect(agree > 0.95, "the labels where the image has them", f"{agree:.0%} of the pixels so")
 
 
 def test_augmentation_flips_and_moves(moved):
     before, _, after = moved
     flipped = sum(int((m[:, 16:] == 0).sum() > (m[:, :16] == 0).sum()) for m in after)
-    assert 80 <= flipped <= 176, f"expected about half of 256 images flipped, found {flipped}"
+    expect(80 <= flipped <= 176, "about half of 256 images flipped", flipped)
     pairs = zip(after, before, strict=True)
     plain = sum(torch.equal(a, b) or torch.equal(a, b.flip(1)) for a, b in pairs)
-    assert plain < 64, f"expected most images moved as well, found {plain} of 256 that are not"
+    expect(plain < 64, "most images moved as well", f"{plain} of 256 that are not")
 
 
 def test_augmented_labels_are_classes_or_ignored(moved):
     before, images, masks = moved
     strangers = set(masks.unique().tolist()) - {0, 1, 2, IGNORE}
-    assert not strangers, f"expected the labels 0, 1, 2 and {IGNORE}, found {min(strangers)}"
-    what = f"expected {IGNORE} where pixels come from outside the photo"
-    assert IGNORE in masks, f"{what}, found none"
+    expect(not strangers, f"the labels 0, 1, 2 and {IGNORE}", strangers)
+    expect(IGNORE in masks, f"{IGNORE} where pixels come from outside the photo", "none")
     dtypes = {images.dtype, masks.dtype}
-    assert dtypes == {torch.uint8}, f"expected uint8, found {dtypes}"
+    expect(dtypes == {torch.uint8}, "uint8", dtypes)
     shapes = (images.shape, masks.shape)
-    what = "expected the shapes to stay"
-    assert shapes == ((256, 3, 32, 32), before.shape), f"{what}, found {shapes}"
+    expect(shapes == ((256, 3, 32, 32), before.shape), "the shapes to stay", shapes)
 
 
 def test_half_the_strength_of_augmentation_moves_half_as_much():
@@ -151,4 +141,4 @@ def test_half_the_strength_of_augmentation_moves_half_as_much():
     outside = [(augment(images, masks, s)[1] == IGNORE).float().mean().item() for s in (0.5, 1)]
     share = outside[0] / outside[1]
     what = "about half as much from outside at half the strength"
-    assert 0.35 < share < 0.7, f"expected {what}, found {share:.0%}"
+    expect(0.35 < share < 0.7, what, f"{share:.0%}")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from drawn import draw, draw_pets, expect, write_pets
+from drawn import at_step, draw, draw_pets, expect, write_pets
 from sklearn import metrics
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,8 +87,7 @@ def check_loss(weight: float, why: str, ignored: int = 0) -> None:
     masks[..., :ignored] = IGNORE
     functions = (pets.segmentation_loss, loss_by_hand)
     found, expected = (loss(logits, masks, weight).item() for loss in functions)
-    right = found == pytest.approx(expected, rel=1e-5)
-    expect(right, f"{expected:.4f} {why}", f"{found:.4f}")
+    expect(found == pytest.approx(expected, rel=1e-5), f"{expected:.4f} {why}", f"{found:.4f}")
 
 
 def test_loss_without_dice_is_cross_entropy():
@@ -330,15 +329,9 @@ def drawn(tmp_path_factory) -> Drawn:
         (folder / "annotations" / f"{split}.txt").write_text(lines, encoding="utf-8")
     finer = random.choice((14, 22, 26))
     held_out = pets.load_pets(folder, held_out.names, side, mask_side=finer)
-    recipe = Recipe(
-        EPOCHS=3,
-        BATCH_SIZE=batch_size,
-        IMAGE_SIZE=side,
-        DEPTH=2,
-        LEARNING_RATE=random.uniform(0.02, 0.04),
-        SEED=random.randrange(1, 1000),
-        PRECISION="float32",
-    )
+    given = {"LEARNING_RATE": random.uniform(0.02, 0.04), "SEED": random.randrange(1, 1000)}
+    sizes = {"EPOCHS": 3, "BATCH_SIZE": batch_size, "IMAGE_SIZE": side, "DEPTH": 2}
+    recipe = Recipe(**given, **sizes, PRECISION="float32")
     no_extras = {"LINEAR_DECAY": False, "AVERAGE": False, "AUGMENT": 0.0, "MUON": False}
     plain = recipe.but(**no_extras, WEIGHT_DECAY=0.0, DICE_WEIGHT=0.0)
     return Drawn(learned, held_out, recipe, plain)
@@ -648,15 +641,11 @@ def test_resumed_training_equals_an_uninterrupted_one(drawn, tmp_path, epoch):
     whole, cut, resumed = new_model(), new_model(), new_model(seed=99)
     history = pets.train(whole, *given, recipe)
     steps = epoch * (len(given[0].names) // recipe.BATCH_SIZE)
-    done = 0
 
-    def pull_the_plug(model: nn.Module, *_: object) -> None:
-        nonlocal done
-        done += model is cut and model.training
-        if done > steps + 1:
-            raise ConnectionError("pulled the plug")
+    def pull_the_plug() -> None:
+        raise ConnectionError("pulled the plug")
 
-    cut.register_forward_pre_hook(pull_the_plug)
+    at_step(cut, steps + 1, pull_the_plug)
     with pytest.raises(ConnectionError):
         pets.train(cut, *given, recipe, tmp_path / "checkpoint.pt")
     recipe = recipe.but(RESUME=True)
@@ -719,8 +708,8 @@ def test_run_folder_holds_what_was_counted(drawn, tmp_path):
         matrix, found = matrices.sum(0), told[split]
         right = found["confusion_matrix"] == matrix.tolist()
         expect(right, "the sum of all images' counts", "another")
-        right = found["images"] == len(matrices)
-        expect(right, f"{len(matrices)} {split} images", found["images"])
+        count = len(matrices)
+        expect(found["images"] == count, f"{count} {split} images", found["images"])
         for name, expected in scored_by_hand(matrix.numpy()).items():
             right = found[name] == pytest.approx(expected)
             expect(right, f"the {name} {expected} of the {split} images", found[name])

@@ -6,26 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from course_unet import UNet as CourseUNet
+from tiny import TINY, new_net
 
 import petseg_utils
 from conftest import alike
-from petseg_utils import (
-    Pets,
-    UNet,
-    load_weights,
-    read_run,
-    save_run,
-    save_weights,
-    scores,
-)
-
-
-def new_model(base_channels: int = 2, depth: int = 2, seed: int = 0, **switches) -> UNet:
-    torch.manual_seed(seed)
-    return UNet(base_channels, depth, **switches)
-
-
-# ------------------------------------------------------------------- a run
+from petseg_utils import Pets, UNet, load_weights, read_run, save_run, save_weights, scores
 
 HISTORY = [
     {"epoch": 1, "train_loss": 1.5, "valid_mean_iou": 0.125, "seconds": 0.1},
@@ -74,20 +60,12 @@ def test_run_without_counts_of_images_is_read_too(saved):
     assert read_run(saved)["images"] == []
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        pytest.param("", None, id="no folder"),
-        pytest.param("metrics.json", None, id="no metrics"),
-        pytest.param("metrics.json", b'{"parameters"', id="half of the metrics"),
-        pytest.param("metrics.json", b"[1, 2]", id="a list"),
-        pytest.param("metrics.json", b"\xff\xfe\xfa", id="no text"),
-        pytest.param("history.csv", None, id="no history"),
-        pytest.param("history.csv", b"epoch,seconds\n1,many\n", id="no number"),
-        pytest.param("history.csv", b"epoch,seconds\n1\n", id="half of a row"),
-        pytest.param("history.csv", b"epoch,seconds\n", id="no row"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content"), [
+    ("", None), ("metrics.json", None), ("history.csv", None),
+    ("metrics.json", b'{"parameters"'), ("metrics.json", b"[1, 2]"),
+    ("metrics.json", b"\xff\xfe\xfa"), ("history.csv", b"epoch,seconds\n1,many\n"),
+    ("history.csv", b"epoch,seconds\n1\n"), ("history.csv", b"epoch,seconds\n"),
+], ids=str)  # fmt: skip
 def test_folder_without_a_complete_run_is_told(saved, complains, name, content):
     if content is not None:
         (saved / name).write_bytes(content)
@@ -108,12 +86,10 @@ def test_metrics_are_written_last(saved, pets, matrices, monkeypatch):
     assert not (saved / "metrics.json").exists()
 
 
-# ------------------------------------------------------------------- weights
-
-
 def test_kept_weights_are_rounded_once_and_predict_nearly_the_same(tmp_path):
     path = tmp_path / "run" / "weights.pt"
-    kept, again = new_model(base_channels=4), new_model(base_channels=4, seed=7)
+    wider = TINY.but(BASE_CHANNELS=4)
+    kept, again = new_net(wider), new_net(wider, seed=7)
     images = torch.rand(8, 3, 16, 16) * 2 - 1
     kept(images)  # for its BatchNorms to see some
     save_weights(path, kept)
@@ -129,7 +105,7 @@ def test_kept_weights_are_rounded_once_and_predict_nearly_the_same(tmp_path):
 
 
 def test_kept_weights_too_large_for_float16_stay_as_they_are(tmp_path):
-    model, again = new_model(), new_model(seed=1)
+    model, again = new_net(), new_net(seed=1)
     variance = next(name for name in model.state_dict() if name.endswith("running_var"))
     model.state_dict()[variance].fill_(1e6)
     save_weights(tmp_path / "weights.pt", model)
@@ -139,11 +115,20 @@ def test_kept_weights_too_large_for_float16_stay_as_they_are(tmp_path):
 
 def test_missing_weights_are_told(tmp_path, complains):
     with complains("no file", tmp_path / "weights.pt"):
-        load_weights(tmp_path / "weights.pt", new_model())
+        load_weights(tmp_path / "weights.pt", new_net())
 
 
-@pytest.mark.parametrize("build", [{"base_channels": 3}, {"depth": 3}, {"norms": 1}], ids=str)
-def test_weights_of_another_architecture_are_told(tmp_path, complains, build):
-    save_weights(tmp_path / "weights.pt", new_model(**build))
+@pytest.mark.parametrize("change", [{"BASE_CHANNELS": 3}, {"DEPTH": 3}, {"NORMS": 1}], ids=str)
+def test_weights_of_another_architecture_are_told(tmp_path, complains, change):
+    save_weights(tmp_path / "weights.pt", new_net(TINY.but(**change)))
     with complains(tmp_path / "weights.pt", "damaged", "another architecture"):
-        load_weights(tmp_path / "weights.pt", new_model())
+        load_weights(tmp_path / "weights.pt", new_net())
+
+
+def test_weights_are_loaded_into_a_net_with_other_names_which_gives_the_same(tmp_path):
+    ours, theirs = UNet(2, 3).eval(), CourseUNet(2, 3).eval()
+    save_weights(tmp_path / "weights.pt", ours)
+    for net in (ours, theirs):
+        load_weights(tmp_path / "weights.pt", net)
+    images = torch.randn(2, 3, 16, 24)
+    assert torch.equal(ours(images), theirs(images))

@@ -37,20 +37,12 @@ def known(labels: tuple[Tensor, Tensor]) -> tuple[list[int], list[int]]:
     return truth[truth != IGNORE].tolist(), predicted[truth != IGNORE].tolist()
 
 
-def expect_counts(expected: list[list[int]], matrix: Tensor) -> None:
-    found = matrix.tolist()
-    assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
-
-
 def test_confusion_matrix_is_scikit_learns(labels):
     matrix = confusion_matrix(*labels)
     assert (matrix.dtype, matrix.shape) == (torch.int64, (3, 3))
-    expect_counts(metrics.confusion_matrix(*known(labels), labels=range(3)).tolist(), matrix)
-
-
-def test_rows_are_the_truth():
-    predicted, truth = torch.tensor([[0, 0, 1], [2, 2, 1]], dtype=torch.uint8)
-    expect_counts([[0, 0, 0], [0, 1, 0], [2, 0, 0]], confusion_matrix(predicted, truth))
+    expected = metrics.confusion_matrix(*known(labels), labels=range(3)).tolist()
+    found = matrix.tolist()
+    assert found == expected, f"expected the counts {expected}, rows the truth, found {found}"
 
 
 def expect(what: str, expected: float | list[float], found: float | list[float]) -> None:
@@ -78,20 +70,6 @@ def test_class_that_is_only_predicted_scores_zero():
     result = scores(confusion_matrix(torch.cat((zero, two)), torch.cat((zero, zero))))
     assert result["iou"] == result["iou"] | {"pet": 0.5, "background": None, "border": 0.0}
     assert result["mean_iou"] == 0.25
-
-
-def test_perfect_prediction_scores_one(labels):
-    truth = labels[1]
-    result = scores(confusion_matrix(truth.where(truth != IGNORE, 0), truth))
-    assert result["pixel_accuracy"] == result["mean_iou"] == 1
-    assert set(result["iou"].values()) | set(result["dice"].values()) <= {1.0, None}
-
-
-def test_all_wrong_prediction_scores_zero():
-    _, truth = random_labels(0, [0, 1, 2], ignored=False)
-    result = scores(confusion_matrix((truth + 1) % 3, truth))
-    assert result["pixel_accuracy"] == result["mean_iou"] == 0
-    assert set(result["iou"].values()) | set(result["dice"].values()) == {0.0}
 
 
 def test_matrices_of_batches_add_up_to_that_of_the_whole(labels):
