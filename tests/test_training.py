@@ -235,8 +235,8 @@ def test_training_afresh_puts_the_longest_former_one_aside(pets, checkpoint):
 
 OTHERS = {
     "DATASET": "oxford", "IMAGE_SIZE": 32, "BASE_CHANNELS": 3, "EPOCHS": 6, "LEARNING_RATE": 0.02,
-    "LIMIT": 50, "SCORE_SIZE": 16, "MASK_RESIZE": "bilinear", "DEPTH": 3, "NORMS": 1,
-    "SKIPS": False, "SMALL_EPOCHS": "1 at 16", "BATCH_SIZE": 4, "MUON": False,
+    "LIMIT": 50, "HOLD_OUT": 0.2, "SCORE_SIZE": 16, "MASK_RESIZE": "bilinear", "DEPTH": 3,
+    "NORMS": 1, "SKIPS": False, "SMALL_EPOCHS": "1 at 16", "BATCH_SIZE": 4, "MUON": False,
     "LINEAR_DECAY": False, "WEIGHT_DECAY": 0.0, "DICE_WEIGHT": 0.0, "AVERAGE": False,
     "AUGMENT": 0.0, "SEED": 2, "PRECISION": "bfloat16",
 }  # fmt: skip
