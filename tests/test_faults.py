@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -196,6 +197,24 @@ def test_content_reaches_the_disk_before_the_new_name_does(tmp_path, monkeypatch
     draft, *rest = order
     assert draft.endswith(".draft")
     assert rest == ["renamed", str(tmp_path)]
+
+
+@linux
+def test_kill_while_a_checkpoint_is_written_leaves_the_old_one_or_the_new(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    def write_on():
+        for epoch in itertools.count():
+            save_tensors(path, {"epoch": epoch, "weights": torch.full((1_000_000,), epoch)})
+
+    for number in range(KILLS):
+        process = child(write_on)
+        wait_for(path)
+        time.sleep(random.Random(number).uniform(0, 0.1))
+        kill(process)
+        content = load_tensors(path)
+        assert (content["weights"] == content["epoch"]).all()
+        path.unlink()
 
 
 # -------------------------------------------------------------------------------------- two at once
@@ -949,6 +968,13 @@ def test_download_after_a_fault_works_again(served, expected, tmp_path, fault):
         pets.find_dataset(tmp_path / "data", download=True)
     archive.write_bytes(whole)
     assert alike(by_name(pets.find_dataset(tmp_path / "data", download=True)), expected)
+
+
+def test_download_without_a_network_is_told(tmp_path, monkeypatch):
+    nowhere = [("http://127.0.0.1:9/images.tar.gz", "0" * 32)]
+    monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", nowhere)
+    with one_sentence("check the network", tmp_path):
+        pets.find_dataset(tmp_path, download=True)
 
 
 # ----------------------------------------------------------------------------------------- make run
