@@ -315,13 +315,6 @@ def test_a_run_stores_only_the_last_state_of_a_progress_bar(tmp_path, monkeypatc
     assert not (tmp_path / "unfinished.ipynb").exists()
 
 
-def test_photo_writes_mask_and_overlay_in_the_size_that_the_camera_meant(tmp_path):
-    picture = Image.effect_noise((60, 40), 50).convert("RGB")
-    turned = picture.getexif()
-    turned[0x0112] = 6  # turn by 90 degrees to show it
-    picture.save(tmp_path / "test-story.jpg", exif=turned)
-    photo.main(str(tmp_path / "test-story.jpg"))
-    files = [pets.ROOT / "runs" / f"test-story_{kind}.png" for kind in ("mask", "overlay")]
-    assert [Image.open(file).size for file in files] == [(40, 60)] * 2
-    for file in files:
-        file.unlink()
+def test_kept_net_labels_every_pixel_of_a_photo():
+    labels = photo.segment(Image.effect_noise((60, 40), 50).convert("RGB"))
+    assert (labels.shape, labels.dtype) == ((40, 60), torch.uint8)
