@@ -4,16 +4,13 @@ What a net is given, and whether it was training then, is seen by PyTorch's own 
 and so is the optimiser.
 """
 
-import csv
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from drawn import at_step, draw, draw_pets, expect, write_pets
+from drawn import at_step, draw, draw_pets, expect, pull_the_plug, write_pets
 from sklearn import metrics
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +24,7 @@ from torch.optim.swa_utils import update_bn
 import petseg_utils as pets
 from petseg_utils import IGNORE, InputError, Pets, Recipe, UNet
 from support.muon import Muon
+from support.runs import read_run
 
 SMALL = 8  # the side of the first epoch in some trainings
 
@@ -641,10 +639,6 @@ def test_resumed_training_equals_an_uninterrupted_one(drawn, tmp_path, epoch):
     whole, cut, resumed = new_model(), new_model(), new_model(seed=99)
     history = pets.train(whole, *given, recipe)
     steps = epoch * (len(given[0].names) // recipe.BATCH_SIZE)
-
-    def pull_the_plug() -> None:
-        raise ConnectionError("pulled the plug")
-
     at_step(cut, steps + 1, pull_the_plug)
     with pytest.raises(ConnectionError):
         pets.train(cut, *given, recipe, tmp_path / "checkpoint.pt")
@@ -690,10 +684,6 @@ def test_run_is_loaded_as_its_recipe_says(drawn, tmp_path, norms, skips):
         pets.load_weights(tmp_path / "weights.pt", UNet(width + 1, depth))
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-
-
 def test_run_folder_holds_what_was_counted(drawn, tmp_path):
     torch.manual_seed(draw("counts").randrange(2**31))
     scored = {
@@ -702,8 +692,7 @@ def test_run_folder_holds_what_was_counted(drawn, tmp_path):
     }
     history = [{"epoch": epoch, "train_loss": 0.5 / epoch} for epoch in (1, 2)]
     pets.save_run(tmp_path, {"parameters": {}}, history, scored)
-    told = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    images = []
+    told, images = read_run(tmp_path), []
     for split, (given, matrices) in scored.items():
         matrix, found = matrices.sum(0), told[split]
         right = found["confusion_matrix"] == matrix.tolist()
@@ -716,9 +705,7 @@ def test_run_folder_holds_what_was_counted(drawn, tmp_path):
         counts = matrices.flatten(1).tolist()
         images += [[split, *row] for row in zip(given.names, counts, strict=True)]
     columns = [f"{true}_as_{predicted}" for true in pets.CLASSES for predicted in pets.CLASSES]
-    rows = read_csv(tmp_path / "images.csv")
+    rows = told["images"]
     found = [[row["split"], row["name"], [int(row[c]) for c in columns]] for row in rows]
     expect(found == images, "each image's split, name and counts in images.csv")
-    rows = read_csv(tmp_path / "history.csv")
-    kept = [{key: float(text) for key, text in row.items()} for row in rows]
-    expect(kept == history, "the history in history.csv", kept)
+    expect(told["history"] == history, "the history in history.csv", told["history"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn import at_step
+from drawn import at_step, pull_the_plug
 from tiny import TINY, new_net
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -28,10 +28,6 @@ FLOAT32 = torch.float32
 
 def without_seconds(history: list[dict]) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
-
-
-def cut() -> None:
-    raise ConnectionError("pulled the plug")
 
 
 # ------------------------------------------------------------------- the loop
@@ -57,7 +53,7 @@ def test_net_that_is_no_unet_can_be_trained_and_resumed(pets, tmp_path):
 def test_loss_that_is_no_number_ends_the_training_with_its_epoch(pets, complains):
     model = new_net()
     torch.nn.init.constant_(model.out.bias, math.nan)
-    at_step(model, 2, cut)  # a step of the second epoch would fail otherwise
+    at_step(model, 2, pull_the_plug)  # a step of the second epoch would fail otherwise
     with complains("no longer a number", "LEARNING_RATE"):
         train(model, pets, pets, RECIPE)
 
@@ -66,13 +62,8 @@ def test_loss_that_is_no_number_ends_the_training_with_its_epoch(pets, complains
 
 
 def test_rate_rises_over_a_tenth_of_the_steps_and_falls_straight_to_nothing(pets, monkeypatch):
-    seen, step = [], Muon.step
-
-    def noted(self: Muon) -> None:
-        seen.append(self.param_groups[0]["lr"])
-        step(self)
-
-    monkeypatch.setattr(Muon, "step", noted)
+    seen = []
+    monkeypatch.setattr(Muon, "step", lambda muon: seen.append(muon.param_groups[0]["lr"]))
     train(new_net(), pets, pets, RECIPE.but(EPOCHS=20))  # 40 steps
     shares = np.interp(np.arange(1, 41), [0, 4.1, 41], [0, 1, 0])
     assert seen == pytest.approx(RECIPE.LEARNING_RATE * shares)
@@ -187,7 +178,7 @@ def test_resumed_equals_uninterrupted(pets, tmp_path, change, step):
     """Whatever the recipe; it is cut off at a step of two in each of three epochs."""
     recipe, whole, part = RECIPE.but(**change), new_net(), new_net()
     history = train(whole, pets, pets, recipe)
-    at_step(part, step, cut)
+    at_step(part, step, pull_the_plug)
     with pytest.raises(ConnectionError):
         train(part, pets, pets, recipe, tmp_path / "part.pt")
     resumed = new_net(seed=99)  # its own weights must not matter
@@ -214,7 +205,7 @@ def test_finished_training_is_not_trained_further(pets, checkpoint):
     content = checkpoint.read_bytes()
     finished, resumed = new_net(), new_net(seed=99)
     history = train(finished, pets, pets, RECIPE)
-    at_step(resumed, 0, cut)  # a single step would fail
+    at_step(resumed, 0, pull_the_plug)  # a single step would fail
     again = train(resumed, pets, pets, RECIPE.but(RESUME=True), checkpoint)
     assert without_seconds(again) == without_seconds(history)
     assert same_weights(resumed, finished)
