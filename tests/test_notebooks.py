@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 from papermill import inspect_notebook
 
 import petseg_utils
@@ -140,7 +139,10 @@ def test_parameters_cell_is_that_of_the_recipe():
 
 
 def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
-    """RESUME trains anew without a checkpoint, and goes on with one: here nothing is left to do."""
+    """RESUME trains anew without a checkpoint, and goes on with one: here nothing is left to do.
+
+    What metrics.json says is graded as a hand-in's, in `test_hand_ins`.
+    """
     output = run_folder / "notebook.ipynb"
     given = TINY | {"RUN_NAME": run_folder.name, "RESUME": True}
     done = papermill(output, cwd=NOTEBOOK.parent, **given)
@@ -148,20 +150,7 @@ def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
 
     run = petseg_utils.read_run(run_folder)
     assert run["parameters"] == petseg_utils.Recipe(**given).model_dump()
-    sizes = run["dataset"]
-    assert sizes["name"] == "sample"
-    assert sizes["train"] + sizes["valid"] == sizes["test"] == 60
-    model = petseg_utils.UNet(4, 2)
-    petseg_utils.load_weights(run_folder / "weights.pt", model)
-    assert run["model"]["parameters"] == sum(p.numel() for p in model.parameters())
-    expected = {"epochs", "steps", "seconds", "images_per_second", "device", "precision"}
-    assert run["training"].keys() >= expected
-    for split in ("valid", "test"):
-        matrix = torch.tensor(run[split]["confusion_matrix"])
-        assert matrix.sum() == run[split]["images"] * 32**2
-        assert run[split].items() >= petseg_utils.scores(matrix).items()
-        names = [row["name"] for row in run["images"] if row["split"] == split]
-        assert len(set(names)) == run[split]["images"] == sizes[split]
+    assert run["dataset"]["name"] == "sample"
     assert [row["epoch"] for row in run["history"]] == [1]
     assert len(list((run_folder / "figures").glob("*.png"))) >= 10
     assert (run_folder / "checkpoint.pt").is_file()
