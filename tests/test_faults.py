@@ -240,9 +240,7 @@ def owner(tmp_path):
 
 
 @linux
-def test_second_process_in_a_runs_folder_is_refused_and_a_killed_one_is_not_in_the_way(
-    owner, tmp_path, monkeypatch
-):
+def test_second_run_in_a_folder_is_refused_but_not_after_a_kill(owner, tmp_path, monkeypatch):
     monkeypatch.setattr(safe_files, "PATIENCE", 0.1)
     for _ in range(KILLS):
         first = owner()
@@ -466,9 +464,7 @@ RAW = {
 
 
 @pytest.mark.parametrize("damage", RAW)
-def test_file_that_is_no_checkpoint_is_refused_and_runs_no_code(
-    checkpoint, tmp_path, splits, monkeypatch, damage
-):
+def test_what_is_no_checkpoint_runs_no_code(checkpoint, tmp_path, splits, monkeypatch, damage):
     monkeypatch.setenv("PETSEG_EVIL", str(tmp_path / "evil"))
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(RAW[damage](checkpoint.read_bytes()))

@@ -19,9 +19,7 @@ SIZES = [(1, 1, 2), (3, 1, 10), (2, 2, 12), (5, 3, 8), (4, 3, 40), (2, 5, 96), (
 
 @pytest.mark.parametrize("style", [UNet, CourseUNet])
 @pytest.mark.parametrize(("base_channels", "depth", "side"), SIZES)
-def test_prediction_agrees_with_the_trace_and_with_what_pytorch_counts(
-    style, base_channels, depth, side
-):
+def test_prediction_agrees_with_the_trace_and_pytorchs_counts(style, base_channels, depth, side):
     model = style(base_channels, depth).eval()
     steps = analyse_shapes(model, side)
     assert diagnose(model, side) == ""
@@ -198,17 +196,14 @@ def test_doctor_says_where_a_net_first_parts_from_the_plan_and_why(parts, senten
 
 
 @pytest.mark.parametrize("style", [UNet, CourseUNet])
-@pytest.mark.parametrize(
-    ("side", "given", "sentence"),
-    [
-        (32, {"depth": 2}, "the net has 3 levels, planned are 2: too many."),
-        (32, {"depth": 4}, "the net has 3 levels, planned are 4: too few."),
-        (32, {"base_channels": 8}, "convolution 1 of down1 gives 4 channels, planned are 8"),
-        (32, {"num_classes": 2}, "out gives 3 channels, planned are 2: one for each class."),
-        (100, {}, "the sides part at level 3: 100 can be halved twice only."),
-        (7, {}, "the sides part at level 1: 7 can be halved not even once."),
-    ],
-)
+@pytest.mark.parametrize(("side", "given", "sentence"), [
+    (32, {"depth": 2}, "the net has 3 levels, planned are 2: too many."),
+    (32, {"depth": 4}, "the net has 3 levels, planned are 4: too few."),
+    (32, {"base_channels": 8}, "convolution 1 of down1 gives 4 channels, planned are 8"),
+    (32, {"num_classes": 2}, "out gives 3 channels, planned are 2: one for each class."),
+    (100, {}, "the sides part at level 3: 100 can be halved twice only."),
+    (7, {}, "the sides part at level 1: 7 can be halved not even once."),
+])  # fmt: skip
 def test_doctor_knows_sizes_and_sides(style, side, given, sentence):
     assert diagnose(style(4, 3), side, **given).startswith(sentence)
 
@@ -227,15 +222,12 @@ def test_net_that_is_no_such_u_net_gets_its_trace_without_a_prediction():
 # ------------------------------------------------------------------- the table
 
 
-@pytest.mark.parametrize(
-    ("parts", "ticked", "wrong"),
-    [
-        ({"ups_1": block(8, 4)}, 12, {"up2": "not reached", "out": "not reached"}),
-        ({"downs_1": block(4, 7)}, 2, {"down2": "16 × 16 × 7", "pool2": "8 × 8 × 7"}),
-        ({"downs_1_0": conv(4, 7)}, 2, {"down2": "16 × 16 × 7", "pool2": "not reached"}),
-        ({"out": nn.Conv2d(4, 5, 1)}, 16, {"out": "32 × 32 × 5"}),
-    ],
-)
+@pytest.mark.parametrize(("parts", "ticked", "wrong"), [
+    ({"ups_1": block(8, 4)}, 12, {"up2": "not reached", "out": "not reached"}),
+    ({"downs_1": block(4, 7)}, 2, {"down2": "16 × 16 × 7", "pool2": "8 × 8 × 7"}),
+    ({"downs_1_0": conv(4, 7)}, 2, {"down2": "16 × 16 × 7", "pool2": "not reached"}),
+    ({"out": nn.Conv2d(4, 5, 1)}, 16, {"out": "32 × 32 × 5"}),
+])  # fmt: skip
 def test_table_has_its_first_cross_where_the_net_parts_from_the_plan(parts, ticked, wrong):
     rows = [step.row for step in analyse_shapes(Flawed(**parts), 32)]
     assert len(list(takewhile(lambda row: row["agree"] == "✓", rows))) == ticked

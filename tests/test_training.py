@@ -4,7 +4,6 @@ import ctypes
 import io
 import math
 import platform
-from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -142,9 +141,7 @@ WORK = {
 
 
 @pytest.mark.parametrize("work", WORK.values(), ids=WORK)
-def test_more_images_take_no_more_memory_than_their_answers(
-    work: Callable[[nn.Module, Pets], Sequence[Tensor]],
-):
+def test_more_images_take_no_more_memory_than_their_answers(work):
     peaks = []
     for images in (64, 320):
         pets = noise(images, mask_side=48)
@@ -241,14 +238,9 @@ def test_every_parameter_is_in_one_of_the_two_lists():
     assert OTHERS.keys() | ELSEWHERE.keys() | {"RESUME"} == Recipe.model_fields.keys()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [*({name: value} for name, value in OTHERS.items()), {"SEED": 5, "MUON": False, "DEPTH": 3}],
-    ids=lambda changes: " ".join(changes),
-)
-def test_checkpoint_of_another_recipe_is_told_with_all_that_differs(
-    pets, checkpoint, complains, changes
-):
+@pytest.mark.parametrize("names", [*OTHERS, "SEED MUON DEPTH"])
+def test_checkpoint_of_another_recipe_tells_all_that_differs(pets, checkpoint, complains, names):
+    changes = {name: OTHERS[name] for name in names.split()}
     told = [f"{name} {getattr(RECIPE, name)}, not {value}" for name, value in changes.items()]
     with complains(checkpoint, *told, "RESUME"):
         resume(pets, checkpoint, **changes)
