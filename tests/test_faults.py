@@ -221,29 +221,25 @@ def test_kill_while_a_checkpoint_is_written_leaves_the_old_one_or_the_new(tmp_pa
 # -------------------------------------------------------------------------------------- two at once
 
 
-@pytest.fixture
-def owner(tmp_path):
-    """Return a function that starts a process which owns a run's folder until a file is there."""
+def owner(folder: Path, enough) -> multiprocessing.Process:
+    """Start a process that owns a run's folder until the event `enough`."""
+    mine = FORK.Event()
 
     def own():
-        safe_files.own_folder(tmp_path / "run", 0)
-        (tmp_path / "mine").touch()
-        wait_for(tmp_path / "enough")
+        safe_files.own_folder(folder, 0)
+        mine.set()
+        enough.wait()
 
-    def start():
-        (tmp_path / "mine").unlink(missing_ok=True)
-        process = child(own)
-        wait_for(tmp_path / "mine")
-        return process
-
-    return start
+    process = child(own)
+    assert mine.wait(LONGEST)
+    return process
 
 
 @linux
-def test_second_run_in_a_folder_is_refused_but_not_after_a_kill(owner, tmp_path, monkeypatch):
+def test_second_run_in_a_folder_is_refused_but_not_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(safe_files, "PATIENCE", 0.1)
     for _ in range(KILLS):
-        first = owner()
+        first = owner(tmp_path / "run", FORK.Event())
         with one_sentence("another run", tmp_path / "run", "RUN_NAME"):
             safe_files.own_folder(tmp_path / "run", 0)
         kill(first)
@@ -252,17 +248,18 @@ def test_second_run_in_a_folder_is_refused_but_not_after_a_kill(owner, tmp_path,
 
 
 @linux
-def test_process_that_is_about_to_end_is_waited_for(owner, tmp_path, monkeypatch):
+def test_process_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch):
     """It ends as soon as the second one says that it waits, however slow the machine is."""
+    enough = FORK.Event()
 
     class Ending(io.StringIO):
         def write(self, text: str) -> int:
-            (tmp_path / "enough").touch()
+            enough.set()
             return super().write(text)
 
     monkeypatch.setattr(safe_files, "PATIENCE", LONGEST)
     monkeypatch.setattr(sys, "stderr", Ending())
-    first = owner()
+    first = owner(tmp_path / "run", enough)
     safe_files.own_folder(tmp_path / "run", 0)
     first.join()
     assert "waiting" in sys.stderr.getvalue()
@@ -897,7 +894,6 @@ def test_limit_of_the_address_space_is_forecast():
 
 DOWNLOADS = {  # what becomes of the first archive
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "wrong": lambda path: path.write_bytes(path.read_bytes()[:-100] + bytes(100)),
     "not there": Path.unlink,
 }
 

@@ -289,17 +289,13 @@ class Drawn(NamedTuple):
         def after(*_: object) -> None:
             seen.stepped.append(copies(model.parameters()))
 
-        hooks = [
+        given = (self.train_pets, self.valid_pets, recipe.but(**changes))
+        with (
             register_module_forward_hook(passed),
             register_optimizer_step_pre_hook(before),
             register_optimizer_step_post_hook(after),
-        ]
-        try:
-            given = (self.train_pets, self.valid_pets, recipe.but(**changes))
+        ):
             seen.history.extend(pets.train(model, *given))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return seen
 
     def shown(self, steps: Iterable[Passed]) -> list[int]:
