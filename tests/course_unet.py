@@ -1,4 +1,4 @@
-"""A right U-Net in the course's own style: a name for each level, functions between the blocks."""
+"""A right U-Net in the course's own style: a name for each level, modules between the blocks."""
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class UNet(nn.Module):
             width //= 2
         self.up1 = conv_plus_conv(2 * width, width, norms)
         self.out = nn.Conv2d(width, num_classes, kernel_size=1)
-        self.downsample = nn.MaxPool2d(kernel_size=2)
+        self.downsample, self.upsample = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
 
     def forward(self, x: Tensor) -> Tensor:
         check_side(x.shape[-1], len(self.levels))
@@ -34,7 +34,7 @@ class UNet(nn.Module):
             x = self.downsample(x)
         x = self.bottleneck(x)
         for level in reversed(self.levels):
-            x = nn.functional.interpolate(x, scale_factor=2)
+            x = self.upsample(x)
             x = torch.cat((x, residuals[level - 1]), dim=1)
             x = getattr(self, f"up{level}")(x)
         return self.out(x)

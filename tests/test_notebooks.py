@@ -10,12 +10,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 from papermill import inspect_notebook
 
-import petseg_utils
+from petseg_utils import ROOT, Recipe, read_run
 
-NOTEBOOK = petseg_utils.ROOT / "notebooks" / "pet_segmentation.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "pet_segmentation.ipynb"
 # How much there must be of what a test looks at, lest it pass for want of anything to look at.
 FEWEST = {
     "pet_segmentation": {"sections": 11, "shows": 28, "figures": 11, "files": 6, "results": 10},
@@ -43,9 +42,7 @@ def outputs(stem: str) -> list[dict]:
     return [output for cell in CODE[stem] for output in cell.outputs]
 
 
-def papermill(
-    output: Path, cwd: Path = petseg_utils.ROOT, **parameters
-) -> subprocess.CompletedProcess:
+def papermill(output: Path, cwd: Path = ROOT, **parameters) -> subprocess.CompletedProcess:
     """Run the narrative through papermill, as a person would, from the folder `cwd`."""
     options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(output), *options]
@@ -99,7 +96,7 @@ def test_no_error_progress_or_path_of_a_machine_is_stored(stem):
         assert output.get("name") != "stderr"
         output.get("data", {}).pop("image/png", None)
     texts = json.dumps([[cell.source for cell in CELLS[stem]], stored])
-    assert str(petseg_utils.ROOT) not in texts
+    assert str(ROOT) not in texts
     assert not re.search(r"(/home/|/root/|/tmp/|/Users/|[A-Z]:\\\\|\d+%\|)", texts)
 
 
@@ -130,7 +127,7 @@ def test_parameters_cell_is_that_of_the_recipe():
     keys = ("name", "inferred_type_name", "default", "help")
     told = inspect_notebook(str(NOTEBOOK)).values()
     expected = []
-    for name, field in petseg_utils.Recipe.model_fields.items():
+    for name, field in Recipe.model_fields.items():
         default = field.default
         default = json.dumps(default) if isinstance(default, str) else repr(default)
         expected.append((name, type(field.default).__name__, default, field.description))
@@ -140,28 +137,18 @@ def test_parameters_cell_is_that_of_the_recipe():
 
 
 def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
-    """RESUME trains anew without a checkpoint, and goes on with one: here nothing is left to do."""
+    """RESUME trains anew without a checkpoint, and goes on with one: here nothing is left to do.
+
+    What metrics.json says is graded as a hand-in's, in `test_hand_ins`.
+    """
     output = run_folder / "notebook.ipynb"
     given = TINY | {"RUN_NAME": run_folder.name, "RESUME": True}
     done = papermill(output, cwd=NOTEBOOK.parent, **given)
     assert done.returncode == 0, done.stderr[-2000:]
 
-    run = petseg_utils.read_run(run_folder)
-    assert run["parameters"] == petseg_utils.Recipe(**given).model_dump()
-    sizes = run["dataset"]
-    assert sizes["name"] == "sample"
-    assert sizes["train"] + sizes["valid"] == sizes["test"] == 60
-    model = petseg_utils.UNet(4, 2)
-    petseg_utils.load_weights(run_folder / "weights.pt", model)
-    assert run["model"]["parameters"] == sum(p.numel() for p in model.parameters())
-    expected = {"epochs", "steps", "seconds", "images_per_second", "device", "precision"}
-    assert run["training"].keys() >= expected
-    for split in ("valid", "test"):
-        matrix = torch.tensor(run[split]["confusion_matrix"])
-        assert matrix.sum() == run[split]["images"] * 32**2
-        assert run[split].items() >= petseg_utils.scores(matrix).items()
-        names = [row["name"] for row in run["images"] if row["split"] == split]
-        assert len(set(names)) == run[split]["images"] == sizes[split]
+    run = read_run(run_folder)
+    assert run["parameters"] == Recipe(**given).model_dump()
+    assert run["dataset"]["name"] == "sample"
     assert [row["epoch"] for row in run["history"]] == [1]
     assert len(list((run_folder / "figures").glob("*.png"))) >= 10
     assert (run_folder / "checkpoint.pt").is_file()
@@ -170,7 +157,7 @@ def test_papermill_run_keeps_the_contract_and_can_be_resumed(run_folder):
 
     resumed = papermill(output, **given)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
-    again = petseg_utils.read_run(run_folder)
+    again = read_run(run_folder)
     assert again["test"] == run["test"]
     assert again["history"] == run["history"]  # with the same seconds: not trained anew
     assert not (run_folder / "checkpoint.old.pt").exists()

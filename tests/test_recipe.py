@@ -61,16 +61,13 @@ def test_unknown_parameter_is_told_with_the_known_ones_before_another_fault_is(c
         Recipe(EPOCH=3, IMAGE_SIZE=100)
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"IMAGE_SIZE": 100, "DEPTH": 3}, ["100", "depth 3", "make it 96 or 104."]),
-        ({"IMAGE_SIZE": 64, "DEPTH": 7}, ["64", "depth 7", "make it 128."]),
-        ({"SMALL_EPOCHS": "1 at 36", "DEPTH": 3}, ["36 is no multiple of 8", "make it 32 or 40"]),
-        ({"SMALL_EPOCHS": "6 at 32"}, ["SMALL_EPOCHS", "fewer epochs than 6", "not '6 at 32'"]),
-        ({"SMALL_EPOCHS": "1 at 96"}, ["SMALL_EPOCHS", "sides up to 64", "not '1 at 96'"]),
-    ],
-)
+@pytest.mark.parametrize(("values", "words"), [
+    ({"IMAGE_SIZE": 100, "DEPTH": 3}, ["100", "depth 3", "make it 96 or 104."]),
+    ({"IMAGE_SIZE": 64, "DEPTH": 7}, ["64", "depth 7", "make it 128."]),
+    ({"SMALL_EPOCHS": "1 at 36", "DEPTH": 3}, ["36 is no multiple of 8", "make it 32 or 40"]),
+    ({"SMALL_EPOCHS": "6 at 32"}, ["SMALL_EPOCHS", "fewer epochs than 6", "not '6 at 32'"]),
+    ({"SMALL_EPOCHS": "1 at 96"}, ["SMALL_EPOCHS", "sides up to 64", "not '1 at 96'"]),
+])  # fmt: skip
 def test_values_that_do_not_fit_together_are_told_with_some_that_do(complains, values, words):
     with complains(*words):
         Recipe(**values)
@@ -138,22 +135,17 @@ def test_device_that_is_not_there_is_told_with_those_that_are(machine, complains
         pick_device(wanted)
 
 
-@pytest.mark.parametrize(
-    ("features", "name", "device", "picked"),
-    [
-        ({}, "float32", "cpu", torch.float32),
-        ({}, "bfloat16", "cpu", torch.bfloat16),
-        ({}, "bfloat16", "mps", torch.bfloat16),
-        ({"bf16": True}, "auto", "mps", torch.float32),
-        ({"avx2": True, "avx512": True}, "auto", "cpu", torch.float32),
-        ({"avx512_bf16": False, "amx_bf16": False}, "auto", "cpu", torch.float32),
-        ({"avx2": True, "avx512_bf16": True}, "auto", "cpu", torch.bfloat16),
-        ({"amx_bf16": True}, "auto", "cpu", torch.bfloat16),
-        ({"bf16": True}, "auto", "cpu", torch.bfloat16),
-    ],
-)
-def test_auto_precision_takes_bfloat16_only_where_the_processor_has_it(
-    monkeypatch, features, name, device, picked
-):
+@pytest.mark.parametrize(("features", "name", "device", "picked"), [
+    ({}, "float32", "cpu", torch.float32),
+    ({}, "bfloat16", "cpu", torch.bfloat16),
+    ({}, "bfloat16", "mps", torch.bfloat16),
+    ({"bf16": True}, "auto", "mps", torch.float32),
+    ({"avx2": True, "avx512": True}, "auto", "cpu", torch.float32),
+    ({"avx512_bf16": False, "amx_bf16": False}, "auto", "cpu", torch.float32),
+    ({"avx2": True, "avx512_bf16": True}, "auto", "cpu", torch.bfloat16),
+    ({"amx_bf16": True}, "auto", "cpu", torch.bfloat16),
+    ({"bf16": True}, "auto", "cpu", torch.bfloat16),
+])  # fmt: skip
+def test_auto_takes_bfloat16_only_where_it_is_fast(monkeypatch, features, name, device, picked):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert pick_precision(name, torch.device(device)) == picked

@@ -4,16 +4,13 @@ What a net is given, and whether it was training then, is seen by PyTorch's own 
 and so is the optimiser.
 """
 
-import csv
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from drawn import at_step, draw, draw_pets, expect, write_pets
+from drawn import at_step, draw, draw_pets, expect, pull_the_plug, write_pets
 from sklearn import metrics
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +24,7 @@ from torch.optim.swa_utils import update_bn
 import petseg_utils as pets
 from petseg_utils import IGNORE, InputError, Pets, Recipe, UNet
 from support.muon import Muon
+from support.runs import read_run
 
 SMALL = 8  # the side of the first epoch in some trainings
 
@@ -57,13 +55,10 @@ def counted(labels: Tensor, masks: Tensor) -> np.ndarray:
     return metrics.confusion_matrix(masks[known], labels[known], labels=range(3))
 
 
-def scored_by_hand(matrix: np.ndarray) -> dict[str, object]:
-    """Return the scores of a confusion matrix (3, 3) that has every class."""
+def scored_by_hand(matrix: np.ndarray) -> tuple[float, float]:
+    """Return pixel accuracy and mean IoU of a confusion matrix (3, 3) that has every class."""
     right, both = matrix.diagonal(), matrix.sum(0) + matrix.sum(1)
-    iou, dice = right / (both - right), 2 * right / both
-    whole = {"pixel_accuracy": right.sum() / matrix.sum(), "mean_iou": iou.mean()}
-    by_class = {"iou": iou.tolist(), "dice": dice.tolist()}
-    return whole | {name: dict(zip(pets.CLASSES, by_class[name], strict=True)) for name in by_class}
+    return right.sum() / matrix.sum(), (right / (both - right)).mean()
 
 
 # ------------------------------------------------------------------- the loss
@@ -294,17 +289,13 @@ class Drawn(NamedTuple):
         def after(*_: object) -> None:
             seen.stepped.append(copies(model.parameters()))
 
-        hooks = [
+        given = (self.train_pets, self.valid_pets, recipe.but(**changes))
+        with (
             register_module_forward_hook(passed),
             register_optimizer_step_pre_hook(before),
             register_optimizer_step_post_hook(after),
-        ]
-        try:
-            given = (self.train_pets, self.valid_pets, recipe.but(**changes))
+        ):
             seen.history.extend(pets.train(model, *given))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return seen
 
     def shown(self, steps: Iterable[Passed]) -> list[int]:
@@ -494,8 +485,7 @@ def test_every_row_scores_the_averaged_net_on_the_validation_images(drawn, small
         expect(off < 0.3, "BatchNorm statistics measured anew on training images")
         size = valid_pets.masks.shape[1:]
         labels = F.interpolate(answers, size, mode="bilinear").argmax(1)
-        scores = scored_by_hand(counted(labels, valid_pets.masks))
-        expected = scores["pixel_accuracy"], scores["mean_iou"]
+        expected = scored_by_hand(counted(labels, valid_pets.masks))
         found = row["valid_pixel_accuracy"], row["valid_mean_iou"]
         what = f"pixel accuracy and mean IoU {expected} in epoch {epoch}"
         expect(found == pytest.approx(expected, abs=1e-3), what, found)
@@ -641,10 +631,6 @@ def test_resumed_training_equals_an_uninterrupted_one(drawn, tmp_path, epoch):
     whole, cut, resumed = new_model(), new_model(), new_model(seed=99)
     history = pets.train(whole, *given, recipe)
     steps = epoch * (len(given[0].names) // recipe.BATCH_SIZE)
-
-    def pull_the_plug() -> None:
-        raise ConnectionError("pulled the plug")
-
     at_step(cut, steps + 1, pull_the_plug)
     with pytest.raises(ConnectionError):
         pets.train(cut, *given, recipe, tmp_path / "checkpoint.pt")
@@ -690,10 +676,6 @@ def test_run_is_loaded_as_its_recipe_says(drawn, tmp_path, norms, skips):
         pets.load_weights(tmp_path / "weights.pt", UNet(width + 1, depth))
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-
-
 def test_run_folder_holds_what_was_counted(drawn, tmp_path):
     torch.manual_seed(draw("counts").randrange(2**31))
     scored = {
@@ -702,23 +684,16 @@ def test_run_folder_holds_what_was_counted(drawn, tmp_path):
     }
     history = [{"epoch": epoch, "train_loss": 0.5 / epoch} for epoch in (1, 2)]
     pets.save_run(tmp_path, {"parameters": {}}, history, scored)
-    told = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    images = []
+    told, images = read_run(tmp_path), []
     for split, (given, matrices) in scored.items():
-        matrix, found = matrices.sum(0), told[split]
-        right = found["confusion_matrix"] == matrix.tolist()
-        expect(right, "the sum of all images' counts", "another")
-        count = len(matrices)
-        expect(found["images"] == count, f"{count} {split} images", found["images"])
-        for name, expected in scored_by_hand(matrix.numpy()).items():
-            right = found[name] == pytest.approx(expected)
-            expect(right, f"the {name} {expected} of the {split} images", found[name])
+        wanted = pets.scores(matrices.sum(0)) | {"images": len(matrices)}
+        for name, expected in wanted.items():
+            right = told[split][name] == expected
+            expect(right, f"the {name} {expected} of the {split} images", told[split][name])
         counts = matrices.flatten(1).tolist()
         images += [[split, *row] for row in zip(given.names, counts, strict=True)]
     columns = [f"{true}_as_{predicted}" for true in pets.CLASSES for predicted in pets.CLASSES]
-    rows = read_csv(tmp_path / "images.csv")
+    rows = told["images"]
     found = [[row["split"], row["name"], [int(row[c]) for c in columns]] for row in rows]
     expect(found == images, "each image's split, name and counts in images.csv")
-    rows = read_csv(tmp_path / "history.csv")
-    kept = [{key: float(text) for key, text in row.items()} for row in rows]
-    expect(kept == history, "the history in history.csv", kept)
+    expect(told["history"] == history, "the history in history.csv", told["history"])

@@ -19,9 +19,7 @@ SIZES = [(1, 1, 2), (3, 1, 10), (2, 2, 12), (5, 3, 8), (4, 3, 40), (2, 5, 96), (
 
 @pytest.mark.parametrize("style", [UNet, CourseUNet])
 @pytest.mark.parametrize(("base_channels", "depth", "side"), SIZES)
-def test_prediction_agrees_with_the_trace_and_with_what_pytorch_counts(
-    style, base_channels, depth, side
-):
+def test_prediction_agrees_with_the_trace_and_pytorchs_counts(style, base_channels, depth, side):
     model = style(base_channels, depth).eval()
     steps = analyse_shapes(model, side)
     assert diagnose(model, side) == ""
@@ -68,38 +66,21 @@ def test_parameters_of_every_step_are_the_models(switches):
 # ------------------------------------------------------------------- receptive field
 
 
-class Means(UNet):
-    """A U-Net that shows all the input its steps can see: positive weights, means for maxima."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__(1, depth)
-        for name, parameter in self.named_parameters():
-            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-        self.double().eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.outputs = {}
-        for level, down in enumerate(self.downs, start=1):
-            x = self.outputs[f"down{level}"] = down(x)
-            x = self.outputs[f"pool{level}"] = F.avg_pool2d(x, 2)
-        x = self.outputs["bottleneck"] = self.bottleneck(x)
-        for level, up in zip(range(self.depth, 0, -1), self.ups, strict=True):
-            x = self.outputs[f"upsample{level}"] = F.interpolate(x, scale_factor=2)
-            x = torch.cat((x, self.outputs[f"down{level}"]), dim=1)
-            self.outputs[f"concat{level}"] = x
-            x = self.outputs[f"up{level}"] = up(x)
-        x = self.outputs["out"] = self.out(x)
-        return x
-
-
 @pytest.mark.parametrize(("depth", "side"), [(1, 32), (2, 96), (3, 192)])
 def test_receptive_field_is_what_the_gradient_reaches_at_most(depth, side):
-    model = Means(depth)
-    predicted = {step.name: step.receptive_field for step in analyse_shapes(model, side)}
+    """In a net that shows all its steps can see: positive weights, means for maxima."""
+    model, outputs = CourseUNet(1, depth).double().eval(), []
+    model.downsample = nn.AvgPool2d(2)
+    for name, parameter in model.named_parameters():
+        nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    for name, part in model.named_children():
+        part.register_forward_hook(lambda _module, _given, output: outputs.append(output))
+        if re.fullmatch(r"up\d", name):
+            part.register_forward_pre_hook(lambda _module, given: outputs.append(given[0]))
     image = torch.ones(1, 3, side, side, dtype=torch.double, requires_grad=True)
     model(image)
-    reached = {}
-    for name, output in model.outputs.items():
+    steps, reached = analyse_shapes(UNet(1, depth), side), []
+    for output in outputs:
         middle = output.shape[-1] // 2
         widths = []
         for place in range(middle, middle + 2**depth):  # they differ in how they lie to coarse ones
@@ -108,8 +89,8 @@ def test_receptive_field_is_what_the_gradient_reaches_at_most(depth, side):
             touched = gradient[0].sum(0).any(0).nonzero()
             assert 0 < touched.min() <= touched.max() < side - 1  # the edge cuts nothing off
             widths.append(int(touched.max() - touched.min()) + 1)
-        reached[name] = max(widths)
-    assert predicted == reached
+        reached.append(max(widths))
+    assert reached == [step.receptive_field for step in steps]
 
 
 # ------------------------------------------------------------------- the doctor
@@ -215,17 +196,14 @@ def test_doctor_says_where_a_net_first_parts_from_the_plan_and_why(parts, senten
 
 
 @pytest.mark.parametrize("style", [UNet, CourseUNet])
-@pytest.mark.parametrize(
-    ("side", "given", "sentence"),
-    [
-        (32, {"depth": 2}, "the net has 3 levels, planned are 2: too many."),
-        (32, {"depth": 4}, "the net has 3 levels, planned are 4: too few."),
-        (32, {"base_channels": 8}, "convolution 1 of down1 gives 4 channels, planned are 8"),
-        (32, {"num_classes": 2}, "out gives 3 channels, planned are 2: one for each class."),
-        (100, {}, "the sides part at level 3: 100 can be halved twice only."),
-        (7, {}, "the sides part at level 1: 7 can be halved not even once."),
-    ],
-)
+@pytest.mark.parametrize(("side", "given", "sentence"), [
+    (32, {"depth": 2}, "the net has 3 levels, planned are 2: too many."),
+    (32, {"depth": 4}, "the net has 3 levels, planned are 4: too few."),
+    (32, {"base_channels": 8}, "convolution 1 of down1 gives 4 channels, planned are 8"),
+    (32, {"num_classes": 2}, "out gives 3 channels, planned are 2: one for each class."),
+    (100, {}, "the sides part at level 3: 100 can be halved twice only."),
+    (7, {}, "the sides part at level 1: 7 can be halved not even once."),
+])  # fmt: skip
 def test_doctor_knows_sizes_and_sides(style, side, given, sentence):
     assert diagnose(style(4, 3), side, **given).startswith(sentence)
 
@@ -244,15 +222,12 @@ def test_net_that_is_no_such_u_net_gets_its_trace_without_a_prediction():
 # ------------------------------------------------------------------- the table
 
 
-@pytest.mark.parametrize(
-    ("parts", "ticked", "wrong"),
-    [
-        ({"ups_1": block(8, 4)}, 12, {"up2": "not reached", "out": "not reached"}),
-        ({"downs_1": block(4, 7)}, 2, {"down2": "16 × 16 × 7", "pool2": "8 × 8 × 7"}),
-        ({"downs_1_0": conv(4, 7)}, 2, {"down2": "16 × 16 × 7", "pool2": "not reached"}),
-        ({"out": nn.Conv2d(4, 5, 1)}, 16, {"out": "32 × 32 × 5"}),
-    ],
-)
+@pytest.mark.parametrize(("parts", "ticked", "wrong"), [
+    ({"ups_1": block(8, 4)}, 12, {"up2": "not reached", "out": "not reached"}),
+    ({"downs_1": block(4, 7)}, 2, {"down2": "16 × 16 × 7", "pool2": "8 × 8 × 7"}),
+    ({"downs_1_0": conv(4, 7)}, 2, {"down2": "16 × 16 × 7", "pool2": "not reached"}),
+    ({"out": nn.Conv2d(4, 5, 1)}, 16, {"out": "32 × 32 × 5"}),
+])  # fmt: skip
 def test_table_has_its_first_cross_where_the_net_parts_from_the_plan(parts, ticked, wrong):
     rows = [step.row for step in analyse_shapes(Flawed(**parts), 32)]
     assert len(list(takewhile(lambda row: row["agree"] == "✓", rows))) == ticked

@@ -4,14 +4,14 @@ import ctypes
 import io
 import math
 import platform
-from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from drawn import at_step
+from drawn import at_step, pull_the_plug
 from tiny import TINY, new_net
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -28,10 +28,6 @@ FLOAT32 = torch.float32
 
 def without_seconds(history: list[dict]) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
-
-
-def cut() -> None:
-    raise ConnectionError("pulled the plug")
 
 
 # ------------------------------------------------------------------- the loop
@@ -57,7 +53,7 @@ def test_net_that_is_no_unet_can_be_trained_and_resumed(pets, tmp_path):
 def test_loss_that_is_no_number_ends_the_training_with_its_epoch(pets, complains):
     model = new_net()
     torch.nn.init.constant_(model.out.bias, math.nan)
-    at_step(model, 2, cut)  # a step of the second epoch would fail otherwise
+    at_step(model, 2, pull_the_plug)  # a step of the second epoch would fail otherwise
     with complains("no longer a number", "LEARNING_RATE"):
         train(model, pets, pets, RECIPE)
 
@@ -66,13 +62,8 @@ def test_loss_that_is_no_number_ends_the_training_with_its_epoch(pets, complains
 
 
 def test_rate_rises_over_a_tenth_of_the_steps_and_falls_straight_to_nothing(pets, monkeypatch):
-    seen, step = [], Muon.step
-
-    def noted(self: Muon) -> None:
-        seen.append(self.param_groups[0]["lr"])
-        step(self)
-
-    monkeypatch.setattr(Muon, "step", noted)
+    seen = []
+    monkeypatch.setattr(Muon, "step", lambda muon: seen.append(muon.param_groups[0]["lr"]))
     train(new_net(), pets, pets, RECIPE.but(EPOCHS=20))  # 40 steps
     shares = np.interp(np.arange(1, 41), [0, 4.1, 41], [0, 1, 0])
     assert seen == pytest.approx(RECIPE.LEARNING_RATE * shares)
@@ -103,14 +94,9 @@ def test_freed_memory_is_kept():
     assert any(low <= place < high for low, high in ranges)
 
 
-@pytest.mark.parametrize("library", [OSError, object], ids=["no library", "no mallopt"])
+@pytest.mark.parametrize("library", [{"side_effect": OSError}, {"return_value": 0}], ids=str)
 def test_keeping_freed_memory_is_harmless_without_glibc(monkeypatch, library):
-    def load(name):
-        if library is OSError:
-            raise OSError(name)
-        return library()
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(ctypes, "CDLL", Mock(**library))
     petseg_utils.keep_freed_memory()
 
 
@@ -151,9 +137,7 @@ WORK = {
 
 
 @pytest.mark.parametrize("work", WORK.values(), ids=WORK)
-def test_more_images_take_no_more_memory_than_their_answers(
-    work: Callable[[nn.Module, Pets], Sequence[Tensor]],
-):
+def test_more_images_take_no_more_memory_than_their_answers(work):
     peaks = []
     for images in (64, 320):
         pets = noise(images, mask_side=48)
@@ -187,7 +171,7 @@ def test_resumed_equals_uninterrupted(pets, tmp_path, change, step):
     """Whatever the recipe; it is cut off at a step of two in each of three epochs."""
     recipe, whole, part = RECIPE.but(**change), new_net(), new_net()
     history = train(whole, pets, pets, recipe)
-    at_step(part, step, cut)
+    at_step(part, step, pull_the_plug)
     with pytest.raises(ConnectionError):
         train(part, pets, pets, recipe, tmp_path / "part.pt")
     resumed = new_net(seed=99)  # its own weights must not matter
@@ -214,7 +198,7 @@ def test_finished_training_is_not_trained_further(pets, checkpoint):
     content = checkpoint.read_bytes()
     finished, resumed = new_net(), new_net(seed=99)
     history = train(finished, pets, pets, RECIPE)
-    at_step(resumed, 0, cut)  # a single step would fail
+    at_step(resumed, 0, pull_the_plug)  # a single step would fail
     again = train(resumed, pets, pets, RECIPE.but(RESUME=True), checkpoint)
     assert without_seconds(again) == without_seconds(history)
     assert same_weights(resumed, finished)
@@ -250,14 +234,9 @@ def test_every_parameter_is_in_one_of_the_two_lists():
     assert OTHERS.keys() | ELSEWHERE.keys() | {"RESUME"} == Recipe.model_fields.keys()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [*({name: value} for name, value in OTHERS.items()), {"SEED": 5, "MUON": False, "DEPTH": 3}],
-    ids=lambda changes: " ".join(changes),
-)
-def test_checkpoint_of_another_recipe_is_told_with_all_that_differs(
-    pets, checkpoint, complains, changes
-):
+@pytest.mark.parametrize("names", [*OTHERS, "SEED MUON DEPTH"])
+def test_checkpoint_of_another_recipe_tells_all_that_differs(pets, checkpoint, complains, names):
+    changes = {name: OTHERS[name] for name in names.split()}
     told = [f"{name} {getattr(RECIPE, name)}, not {value}" for name, value in changes.items()]
     with complains(checkpoint, *told, "RESUME"):
         resume(pets, checkpoint, **changes)
