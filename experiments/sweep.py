@@ -8,33 +8,28 @@ experiments/README.md tells; without it, workers of this machine's own do the wo
 command goes on where it stopped.
 """
 
+import io
 import json
 import os
 import socket
-import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import papermill
 import torch
+import yaml
 from dask import config as dask_config
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, as_completed, get_worker
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
-from traitlets.config import Config
 
 import petseg_utils as pets
-from experiments.terminal import fault_of
+from experiments.run_notebook import NARRATIVE, execute
 from petseg_utils import InputError
 from support.parameters import reason
 from support.safe_files import git_name
 
-NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
 GRID = '{"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}'
 
 
@@ -79,7 +74,7 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
     with start_workers(cluster, workers) as client:
         threads = threads_by_host(client)
         futures = {
-            client.submit(make_run, recipe.model_dump(), threads, pure=False): recipe.RUN_NAME
+            client.submit(make_run, recipe, threads, pure=False): recipe.RUN_NAME
             for recipe in recipes
         }
         with tqdm(as_completed(futures), "runs", len(recipes), leave=False) as bar:
@@ -100,10 +95,9 @@ def at_work(client: Client, futures: dict[Future, str]) -> str:
 def start_workers(cluster: str, workers: int) -> Iterator[Client]:
     """Give a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
     if not cluster:
-        dask_config.set(
-            {"distributed.scheduler.worker-saturation": 1.0}
-        )  # no run waits for another
-        dask_config.set({"distributed.worker.profile.enabled": False})  # it takes 4 % of a core
+        # No run waits for another on a worker, and no profiler takes 4 % of a core.
+        dask_config.set({"distributed.scheduler.worker-saturation": 1.0})
+        dask_config.set({"distributed.worker.profile.enabled": False})
         options = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}  # any free port
         options |= {"memory_limit": 0, "silence_logs": 50}  # the kernels need the memory
         with LocalCluster(n_workers=workers, **options) as own, Client(own) as client:
@@ -143,53 +137,28 @@ def threads_by_host(client: Client) -> dict[str, int]:
     return dict.fromkeys(shares, int(chosen)) if chosen else shares
 
 
-def make_run(parameters: dict, threads: dict[str, int]) -> dict:
+def make_run(recipe: pets.Recipe, threads: dict[str, int]) -> dict:
     """Make one run, in the process of a Dask worker, unless it is there; return its outcome.
 
     Dask calls this again if a worker is lost: the second call finds the first one's checkpoint.
     """
-    name = parameters["RUN_NAME"]
-    folder = pets.ROOT / "runs" / name
+    folder = pets.ROOT / "runs" / recipe.RUN_NAME
+    # Dask gives each worker one thread, and the kernel would inherit that.
+    own = str(threads.get(socket.gethostname(), 1))
+    os.environ.update(OMP_NUM_THREADS=own, MKL_NUM_THREADS=own, **gpu_of(get_worker().name))
+    given = yaml.safe_dump(recipe.model_dump(exclude_defaults=True))
     outcome = "failed"
     try:
-        if why := what_is_there(folder, parameters):
+        if why := what_is_there(folder, recipe.model_dump()):
             outcome = "kept"
         else:
-            # Dask gives each worker one thread, and the kernel would inherit that.
-            own = str(threads.get(socket.gethostname(), 1))
-            os.environ.update(OMP_NUM_THREADS=own, MKL_NUM_THREADS=own, **gpu_of(get_worker().name))
-            execute(parameters, folder / "notebook.ipynb")
+            with redirect_stdout(io.StringIO()):  # many runs at once have one bar
+                options = ["-y", given, "--cwd", str(pets.ROOT)]
+                execute(NARRATIVE, folder / "notebook.ipynb", options)
             outcome = "made"
     except InputError as error:
         why = str(error)
-    except PapermillExecutionError as error:
-        why = " ".join(fault_of(error, folder / "notebook.ipynb").split())
-    except DeadKernelError:
-        why = "its kernel died, perhaps for want of memory: make the run alone to see where."
-    except OSError as error:
-        why = f"{folder} cannot be written to ({error}): make room, or change its permissions."
-    return {"run": name, "outcome": outcome, "why": why}
-
-
-def execute(parameters: dict, output: Path) -> None:
-    """Execute the notebook into its run's folder."""
-    defaults = pets.Recipe().model_dump()
-    given = {name: value for name, value in parameters.items() if value != defaults[name]}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as sockets:
-        # Kernels that start at the same moment may draw the same ports (papermill's issue 511), so
-        # their sockets are files.
-        ipc = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-        papermill.execute_notebook(
-            NOTEBOOK,
-            output,
-            given,
-            request_save_on_cell_execute=False,  # at its end: a hundred runs share one disk
-            progress_bar=False,
-            cwd=pets.ROOT,
-            config=ipc,
-            extra_arguments=["--log-level=CRITICAL"],  # it would break our progress bar
-        )
+    return {"run": recipe.RUN_NAME, "outcome": outcome, "why": why}
 
 
 def gpu_of(worker: str | int) -> dict[str, str]:
@@ -219,19 +188,10 @@ def what_is_there(folder: Path, parameters: dict) -> str:
     if other:
         what = f"there is another run in {folder}, with {'; '.join(other)}"
         raise InputError(f"{what}: give this one another name, or move that one away.")
-    if not ran_to_its_end(folder / "notebook.ipynb"):
+    if not (folder / "notebook.ipynb").exists():  # written when the last cell is executed
         return ""
     same = code == git_name(Path(pets.__file__))
     return "complete" if same else "complete, made by another version of petseg_utils.py"
-
-
-def ran_to_its_end(notebook: Path) -> bool:
-    """Return whether papermill executed the last cell, some cells after the results are written."""
-    try:
-        record = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]
-        return bool(record["end_time"]) and not record["exception"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
 
 
 def outcome_of(future: Future, name: str) -> dict:
