@@ -1,8 +1,8 @@
-"""How fast is a training step, and how does its cost grow? `make bench`, five minutes on two cores.
+"""How fast is a training step? `make bench`, a few minutes on two cores.
 
-Prints the table and the slopes of the README, and writes throughput_PRECISION.json and cost.png
-into runs/bench; what is quoted is kept in experiments/ and figures/. What is compared takes turns,
-in a process each, since to keep freed memory can't be undone in a process.
+Prints the table of the README and writes throughput_PRECISION.json into runs/bench; what is quoted
+is kept in experiments/. What is compared takes turns, in a process each, since to keep freed memory
+can't be undone in a process.
 """
 
 import platform
@@ -13,7 +13,6 @@ from functools import cache, partial
 from multiprocessing import get_context
 from time import perf_counter
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
@@ -28,12 +27,6 @@ PRECISION = pets.pick_precision("auto", DEVICE)
 NAME = str(PRECISION).removeprefix("torch.")
 SIDE, BATCH, STEPS = 128, 16, 2  # of the headline figures, with the course's net
 PLAIN = pets.Recipe(IMAGE_SIZE=SIDE, BASE_CHANNELS=32, MUON=False, LEARNING_RATE=1e-3)
-GROWING = {  # what grows, to which sizes, the slope of log cost to expect, an axis's label
-    "side": ([32, 64, 128, 256], 2, "side of the images, pixels"),
-    "width": ([8, 16, 32, 64], 2, "base channels"),
-    "batch": ([4, 8, 16, 32], 1, "images in the one batch"),
-    "images": ([8, 16, 32, 64], 1, "images, in batches of 8"),
-}
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -95,15 +88,10 @@ def steps_of(plain: bool = False, **changes: object) -> Callable[[], None]:
     return steps
 
 
-def epoch(
-    side: int = 64, width: int = 32, batch: int = 8, images: int = 8, augment: float = 0.0
-) -> Callable[[], float]:
-    """Return an epoch of `pets.train_epoch`, with AdamW like the steps, of a batch at least."""
-    sizes = {"IMAGE_SIZE": side, "BASE_CHANNELS": width, "BATCH_SIZE": batch}
-    recipe = PLAIN.but(**sizes, AUGMENT=augment)
-    data = random_pets(max(images, batch), side)
-    training, bar = start_training(recipe), tqdm(disable=True)
-    return lambda: pets.train_epoch(training, data, recipe, bar)
+def epoch() -> Callable[[], float]:
+    """Return an epoch of `pets.train_epoch`, with AdamW and as many steps."""
+    training, data = start_training(PLAIN), random_pets(STEPS * BATCH, SIDE)
+    return lambda: pets.train_epoch(training, data, PLAIN, tqdm(disable=True))
 
 
 def matrix_product(precision: str, size: int = 1024) -> float:
@@ -117,7 +105,7 @@ HEADLINE = {  # what is measured: whether freed memory is kept, and what makes t
     "memory_not_kept": (False, steps_of),
     "step": (True, steps_of),
     "muon_step": (True, partial(steps_of, MUON=True)),
-    "loop": (True, partial(epoch, SIDE, PLAIN.BASE_CHANNELS, BATCH, STEPS * BATCH, augment=1.0)),
+    "loop": (True, epoch),
 }
 
 
@@ -159,33 +147,6 @@ def headline() -> dict:
     }
 
 
-def grow(name: str) -> dict:
-    """Measure seconds as one thing grows and the rest stays, and the slope of their logs."""
-    sizes, *_ = GROWING[name]
-    epochs = [epoch(**{name: size}) for size in sizes]
-    seconds = least_seconds(f"cost by {name}", *(partial(seconds_of, one) for one in epochs))
-    slope, _ = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)  # the smallest: overhead
-    return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
-
-
-def plot_growth(measured: dict[str, dict]) -> plt.Figure:
-    """Plot seconds by size, and the expected slope through the largest, on logarithmic axes."""
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained")
-    for axes, (name, line) in zip(panels, measured.items(), strict=True):
-        _, slope, label = GROWING[name]
-        sizes, seconds = np.array(line["sizes"]), line["seconds"]
-        expected = seconds[-1] * (sizes / sizes[-1]) ** slope
-        axes.loglog(sizes, expected, ":", color="grey", label=f"expected, slope {slope}")
-        told = f"measured, slope {line['slope']:.1f}"
-        axes.loglog(sizes, seconds, "o-", color=pets.GREEN, label=told)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        axes.set(xlabel=label, ylabel="seconds" if name == "side" else None)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    return figure
-
-
 def table(*measured: dict) -> str:
     """Return the headline figures as Markdown, a column a machine, none rounded in our favour."""
     columns = []
@@ -215,19 +176,12 @@ def table(*measured: dict) -> str:
 
 def main() -> None:
     """Measure, print, and write."""
-    threads, folder = torch.get_num_threads(), pets.ROOT / "runs" / "bench"
+    threads = torch.get_num_threads()
     print(f"measuring on {DEVICE} with {threads} threads; keep the machine quiet")
-    result = {"machine": platform.machine(), "threads": threads, "torch": torch.__version__}
-    result["headline"] = headline()
+    machine = {"machine": platform.machine(), "threads": threads, "torch": torch.__version__}
+    result = machine | {"headline": headline()}
     print(table(result["headline"]))
-    pets.keep_freed_memory()
-    result["growth"] = {name: grow(name) for name in GROWING}
-    for name, line in result["growth"].items():
-        print(f"cost by {name:10} slope {line['slope']:.1f}, expected {GROWING[name][1]}")
-    write_json(folder / f"throughput_{NAME}.json", result)
-    figure = plot_growth(result["growth"])
-    picture = folder / "cost.png"
-    pets.write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_json(pets.ROOT / "runs" / "bench" / f"throughput_{NAME}.json", result)
 
 
 if __name__ == "__main__":
