@@ -13,15 +13,14 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 import yaml
 from dask import config as dask_config
 from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, as_completed, get_worker
+from distributed import Client, Future, as_completed, get_worker
 from tqdm import tqdm
 
 import petseg_utils as pets
@@ -73,55 +72,34 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
     workers = workers or min(torch.cuda.device_count() or CPU_COUNT, len(runs))
     with start_workers(cluster, workers) as client:
         threads = threads_by_host(client)
-        futures = {
-            client.submit(make_run, recipe, threads, pure=False): recipe.RUN_NAME
-            for recipe in recipes
-        }
+        futures = [client.submit(make_run, one, threads, key=one.RUN_NAME) for one in recipes]
         with tqdm(as_completed(futures), "runs", len(recipes), leave=False) as bar:
-            bar.set_postfix_str(at_work(client, futures))
+            bar.set_postfix_str(at_work(client))
             for future in bar:
-                outcomes[futures[future]] = outcome_of(future, futures[future])
-                bar.set_postfix_str(at_work(client, futures))
+                outcomes[future.key] = outcome_of(future)
+                bar.set_postfix_str(at_work(client))
     return [outcomes[name] for name in runs]
 
 
-def at_work(client: Client, futures: dict[Future, str]) -> str:
-    """Return which of the runs the workers have in hand, by their futures."""
-    keys = {key for keys in client.processing().values() for key in keys}
-    return f"at work: {', '.join(sorted(futures[one] for one in futures if one.key in keys))}"
+def at_work(client: Client) -> str:
+    """Return which runs the workers have in hand."""
+    names = sorted(name for names in client.processing().values() for name in names)
+    return f"at work: {', '.join(names)}"
 
 
-@contextmanager
-def start_workers(cluster: str, workers: int) -> Iterator[Client]:
-    """Give a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
-    if not cluster:
-        # No run waits for another on a worker, and no profiler takes 4 % of a core.
-        dask_config.set({"distributed.scheduler.worker-saturation": 1.0})
-        dask_config.set({"distributed.worker.profile.enabled": False})
-        options = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}  # any free port
-        options |= {"memory_limit": 0, "silence_logs": 50}  # the kernels need the memory
-        with LocalCluster(n_workers=workers, **options) as own, Client(own) as client:
-            yield client
-        return
+def start_workers(cluster: str, workers: int) -> Client:
+    """Return a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
+    # No run waits for another on a worker, and no profiler takes 4 % of a core.
+    dask_config.set({"distributed.scheduler.worker-saturation": 1.0})
+    dask_config.set({"distributed.worker.profile.enabled": False})
+    own = {"n_workers": workers, "threads_per_worker": 1}
+    own |= {"dashboard_address": "127.0.0.1:0"}  # any free port
+    own |= {"memory_limit": 0, "silence_logs": 50}  # the kernels need the memory
     try:
-        client = Client(cluster, timeout="10s")
+        return Client(cluster, timeout="10s") if cluster else Client(**own)
     except (OSError, ValueError) as error:
         what = f"no Dask scheduler answers at {cluster} ({reason(error)})"
         raise InputError(f"{what}: start one, or leave it out.") from None
-    with client:
-        threads = client.nthreads().values()
-        if not threads or max(threads) > 1:
-            what = "have more than one thread" if threads else "are missing"
-            mend = "start some with --nthreads 1, since a run needs a process of its own"
-            raise InputError(f"the workers of {cluster} {what}: {mend}.")
-        try:
-            client.run_on_scheduler(this_host)
-            client.run(this_host)
-        except Exception as error:  # a worker's error comes back as a bare Exception
-            what = f"the scheduler at {cluster} or a worker can't import this project ({error})"
-            mend = "start them in its folder, with .venv/bin/python -m dask"
-            raise InputError(f"{what}: {mend}.") from None
-        yield client
 
 
 def this_host() -> tuple[str, int]:
@@ -130,8 +108,22 @@ def this_host() -> tuple[str, int]:
 
 
 def threads_by_host(client: Client) -> dict[str, int]:
-    """Return how many threads a run may have on each machine: its cores divided by its workers."""
-    hosts = client.run(this_host).values()
+    """Return how many threads a run may have on each machine: its cores divided by its workers.
+
+    Errors: `InputError` for workers that can't make runs.
+    """
+    threads = client.nthreads().values()
+    if not threads or max(threads) > 1:
+        what = "have more than one thread" if threads else "are missing"
+        mend = "start some with --nthreads 1, since a run needs a process of its own"
+        raise InputError(f"the scheduler's workers {what}: {mend}.")
+    try:
+        client.run_on_scheduler(this_host)
+        hosts = client.run(this_host).values()
+    except Exception as error:  # a worker's error comes back as a bare Exception
+        what = f"the scheduler or a worker can't import this project ({error})"
+        mend = "start them in its folder, with .venv/bin/python -m dask"
+        raise InputError(f"{what}: {mend}.") from None
     shares = {host: max(1, cores // workers) for (host, cores), workers in Counter(hosts).items()}
     chosen = os.environ.get("OMP_NUM_THREADS")  # what a user asked for counts
     return dict.fromkeys(shares, int(chosen)) if chosen else shares
@@ -164,10 +156,9 @@ def make_run(recipe: pets.Recipe, threads: dict[str, int]) -> dict:
 def gpu_of(worker: str | int) -> dict[str, str]:
     """Return the environment that gives each of this machine's own workers a GPU of its own."""
     gpus = torch.cuda.device_count()
-    given = "CUDA_VISIBLE_DEVICES" in os.environ  # by whoever started the workers
-    if not gpus or given or not str(worker).isdigit():  # this machine's own workers are numbered
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": str(int(worker) % gpus)}
+    if not gpus or "CUDA_VISIBLE_DEVICES" in os.environ or not isinstance(worker, int):
+        return {}  # whoever starts workers by hand shares GPUs out
+    return {"CUDA_VISIBLE_DEVICES": str(worker % gpus)}
 
 
 def what_is_there(folder: Path, parameters: dict) -> str:
@@ -194,14 +185,14 @@ def what_is_there(folder: Path, parameters: dict) -> str:
     return "complete" if same else "complete, made by another version of petseg_utils.py"
 
 
-def outcome_of(future: Future, name: str) -> dict:
+def outcome_of(future: Future) -> dict:
     """Return what `make_run` returned, or the same for a run of which Dask knows no result."""
     try:
         return future.result()
     except Exception as error:  # its worker died again and again, or the scheduler is gone ...
         told = f"{type(error).__name__}: {reason(error)}"
         why = f"Dask lost it, perhaps for want of memory ({told}): make the run alone to see why."
-    return {"run": name, "outcome": "failed", "why": why}
+    return {"run": future.key, "outcome": "failed", "why": why}
 
 
 def report(outcomes: list[dict]) -> str:
