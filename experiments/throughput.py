@@ -1,19 +1,14 @@
 """How fast is a training step? `make bench`, a few minutes on two cores.
 
 Prints the table of the README and writes throughput_PRECISION.json into runs/bench; what is quoted
-is kept in experiments/. What is compared takes turns, in a process each, since to keep freed memory
-can't be undone in a process.
+is kept in experiments/.
 """
 
 import platform
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from functools import cache, partial
-from multiprocessing import get_context
 from time import perf_counter
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -38,14 +33,15 @@ def seconds_of(work: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
-def least_seconds(what: str, *works: Callable[[], float], rounds: int = 5) -> list[float]:
-    """Return the least measurement by each of `works`, which take turns, after one to warm up.
+def least_seconds(rounds: int = 5, **works: Callable[[], object]) -> dict[str, float]:
+    """Return the least seconds of each of `works`, which take turns, after a round to warm up.
 
     The least, since what disturbs a measurement only ever adds to it; in turns, so that a slow
     minute of the machine falls on all of them.
     """
-    times = [[work() for work in works] for _ in tqdm(range(rounds + 1), what, leave=False)]
-    return np.min(times[1:], axis=0).tolist()
+    turns = tqdm(range(rounds + 1), ", ".join(works), leave=False)
+    times = [{name: seconds_of(work) for name, work in works.items()} for _ in turns]
+    return pd.DataFrame(times[1:]).min().to_dict()
 
 
 def random_pets(count: int, side: int) -> pets.Pets:
@@ -97,47 +93,16 @@ def epoch() -> Callable[[], float]:
 def matrix_product(precision: str, size: int = 1024) -> float:
     """Return the FLOP/s of a product of two square matrices."""
     a, b = (torch.randn(size, size, device=DEVICE).to(getattr(torch, precision)) for _ in range(2))
-    return 2 * size**3 / least_seconds("matrix product", lambda: seconds_of(lambda: a @ b))[0]
-
-
-HEADLINE = {  # what is measured: whether freed memory is kept, and what makes the work
-    "plain": (False, partial(steps_of, plain=True)),
-    "memory_not_kept": (False, steps_of),
-    "step": (True, steps_of),
-    "muon_step": (True, partial(steps_of, MUON=True)),
-    "loop": (True, epoch),
-}
-
-
-@cache
-def work_of(name: str) -> Callable[[], object]:
-    """Return the work of one part of the headline, for which its process is set up once."""
-    keep, make = HEADLINE[name]
-    if keep:
-        pets.keep_freed_memory()
-    return make()
-
-
-def measure(name: str) -> float:
-    """Return the seconds of one part of the headline."""
-    return seconds_of(work_of(name))
-
-
-def in_turns() -> dict[str, float]:
-    """Return the least seconds of each part of the headline, in turns, each in its own process."""
-    with ExitStack() as stack:
-        pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in HEADLINE]
-        works = [
-            lambda name=name, pool=pool: pool.submit(measure, name).result()
-            for name, pool in zip(HEADLINE, map(stack.enter_context, pools), strict=True)
-        ]
-        return dict(zip(HEADLINE, least_seconds("steps", *works), strict=True))
+    return 2 * size**3 / least_seconds(matrix_product=lambda: a @ b)["matrix_product"]
 
 
 def headline() -> dict:
     """Measure the step and the loop, at the size of the headline figures."""
+    seconds = least_seconds(plain=steps_of(plain=True), memory_not_kept=steps_of())
+    pets.keep_freed_memory()  # which can't be undone
+    seconds |= least_seconds(step=steps_of(), muon_step=steps_of(MUON=True), loop=epoch())
+    each = {name: STEPS * BATCH / least for name, least in seconds.items()}
     forward = sum(s.flops for s in pets.analyse_shapes(pets.UNet(PLAIN.BASE_CHANNELS), SIDE))
-    each = {name: STEPS * BATCH / seconds for name, seconds in in_turns().items()}
     return {
         "precision": NAME,
         **{f"{name}_images_per_second": value for name, value in each.items()},
@@ -149,14 +114,13 @@ def headline() -> dict:
 
 def table(*measured: dict) -> str:
     """Return the headline figures as Markdown, a column a machine, none rounded in our favour."""
-    columns = []
+    columns = {}
     for one in measured:
         plain, step, muon, loop = (
             one[f"{name}_images_per_second"] for name in ("plain", "step", "muon_step", "loop")
         )
         products = one["matrix_product_gflops"]
-        columns.append({
-            "computed in": one["precision"],
+        columns[one["precision"]] = {
             "plain step, images a second": cut(plain, 2),
             "this project's step, images a second": cut(step, 2),
             "the step with Muon, images a second": cut(muon, 2),
@@ -169,9 +133,9 @@ def table(*measured: dict) -> str:
             "the step against the faster product":
                 f"{cut(100 * one['step_gflops'] / max(products.values()), 0)} %",
             "share of the training loop that is no step": f"{100 * (1 - loop / step):.1f} %",
-        })  # fmt: skip
-    head, *rows = ([name, *(column[name] for column in columns)] for name in columns[0])
-    return markdown(head, rows)
+        }  # fmt: skip
+    shown = pd.DataFrame(columns).rename_axis("computed in").reset_index()
+    return markdown(shown.to_dict("records"))
 
 
 def main() -> None:

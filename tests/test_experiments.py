@@ -5,8 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -122,22 +120,25 @@ def test_the_peer_trains_by_the_recipe_that_it_records():
     assert result["parameters"] == sum(p.numel() for p in net.parameters())
 
 
-def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
-    """What keeps freed memory must not be in the process of the plain step: here, threads."""
+def test_the_least_counts_of_what_takes_turns_after_a_round_to_warm_up(monkeypatch):
     order = []
+    works = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
+    monkeypatch.setattr(throughput, "seconds_of", lambda work: work())
+    assert throughput.least_seconds(**works) == {"a": 3, "b": 4}
+    assert order == ["a", "b"] * 6
 
-    def measure(name: str) -> int:
-        order.append((name, threading.get_ident()))
-        return len(order)
 
-    monkeypatch.setattr(throughput, "measure", measure)
-    monkeypatch.setattr(throughput, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    seconds = throughput.in_turns()
-    names = list(throughput.HEADLINE)
-    assert [name for name, _ in order] == names * 6
-    assert len(set(order)) == len({thread for _, thread in order}) == len(names)
-    assert seconds["plain"] == len(names) + 1  # the least after the round that warms up
-    assert [n for n in names if not throughput.HEADLINE[n][0]] == ["plain", "memory_not_kept"]
+def test_freed_memory_is_kept_only_after_the_steps_that_do_not_keep_it(monkeypatch):
+    events = []
+    monkeypatch.setattr(pets, "keep_freed_memory", lambda: events.append("kept"))
+    monkeypatch.setattr(throughput, "steps_of", lambda **_: None)
+    monkeypatch.setattr(throughput, "epoch", lambda: None)
+    monkeypatch.setattr(throughput, "matrix_product", lambda _: 1e9)
+    monkeypatch.setattr(
+        throughput, "least_seconds", lambda **works: events.extend(works) or dict.fromkeys(works, 1)
+    )
+    assert "| 1.00 times |" in throughput.table(throughput.headline())
+    assert events == ["plain", "memory_not_kept", "kept", "step", "muon_step", "loop"]
 
 
 # ----------------------------------------------------------------------------------------- score.py
