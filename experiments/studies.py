@@ -8,9 +8,9 @@ FOLDER holds oxford-iiit-pet. NAME is one of these:
   `make sweep` makes them, here or on a Dask CLUSTER. NAME.csv keeps a line for each.
 - norm_statistics: the base is trained, and after every epoch the same averaged weights are scored
   twice on the held-out images, with statistics that training gathered and that were measured anew.
-- peer: segmentation_models_pytorch's Unet with a ResNet-18 encoder, which has about as many
-  parameters as ours, trains beside ours, without pretrained weights. The recipe is the base's at 32
-  base channels, with Muon and once more with AdamW. experiments/requirements.txt installs it.
+- peer: segmentation_models_pytorch's Unet with a ResNet-18 encoder, about as large as ours, trains
+  beside ours, from scratch, by the base's recipe at 32 base channels, with Muon and with AdamW.
+  experiments/requirements.txt installs it.
 """
 
 import json
@@ -29,6 +29,7 @@ from experiments.command import as_script
 from experiments.compare import estimate
 from experiments.read_runs import Run, find_runs, to_table, write_table
 from experiments.tables import cut, markdown, write_json
+from support.speed import precision_of
 
 FOLDER = Path(__file__).parent
 GRIDS = {name: FOLDER / f"{name}.json" for name in ("ablations", "optimisers")}
@@ -118,10 +119,9 @@ def follow(folder: Path) -> dict[str, list[dict]]:
     for seed in ("0", "1"):
         recipe = pets.Recipe(**grid[f"ablations_base_seed_{seed}"])
         train_pets, valid_pets, _ = load(folder, recipe)
-        device = pets.pick_device(recipe.DEVICE)
-        precision = pets.pick_precision(recipe.PRECISION, device)
         torch.manual_seed(recipe.SEED)
-        model = pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH).to(device)
+        model = pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH).to(pets.pick_device(recipe.DEVICE))
+        precision = precision_of(model, recipe)
         steps = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE)
         training = pets.Training.start(model, recipe, steps)
         kept[seed] = []
@@ -157,11 +157,10 @@ def train_and_score(
 ) -> dict:
     """Train `model` by `recipe`; return the recipe, and the model's size, speed and scores."""
     train_pets, valid_pets, test_pets = splits
-    device = pets.pick_device(recipe.DEVICE)
-    history = pets.train(model.to(device), train_pets, valid_pets, recipe)
+    model.to(pets.pick_device(recipe.DEVICE))
+    history = pets.train(model, train_pets, valid_pets, recipe)
     batches = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE)
-    precision = pets.pick_precision(recipe.PRECISION, device)
-    matrices = pets.evaluate(model, test_pets, precision, flip=recipe.FLIP)
+    matrices = pets.evaluate(model, test_pets, precision_of(model, recipe), flip=recipe.FLIP)
     return {
         "recipe": recipe.model_dump(),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -11,7 +11,6 @@ command goes on where it stopped.
 import io
 import json
 import os
-import socket
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -29,8 +28,6 @@ from petseg_utils import InputError
 from support.parameters import reason
 from support.safe_files import git_name
 
-GRID = '{"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}'
-
 
 def read_grid(path: Path) -> dict[str, dict]:
     """Return each run's parameters by its name, GRID_CHANGE_seed_SEED. Errors: `InputError`."""
@@ -44,19 +41,9 @@ def read_grid(path: Path) -> dict[str, dict]:
         if not runs or len(grid) > 3:
             raise ValueError(f"{len(runs)} runs, of {', '.join(grid)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no grid ({error}): it should hold {GRID}.") from None
+        wanted = '{"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}'
+        raise InputError(f"{path} is no grid ({error}): it should hold {wanted}.") from None
     return runs
-
-
-def check_runs(runs: dict[str, dict]) -> list[pets.Recipe]:
-    """Return the recipe of each run. Errors: `InputError` that names the run."""
-    recipes = []
-    for name, parameters in runs.items():
-        try:
-            recipes.append(pets.Recipe(**parameters | {"RUN_NAME": name, "RESUME": True}))
-        except InputError as error:
-            raise InputError(f"the run {name}: {error}") from None
-    return recipes
 
 
 def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> list[dict]:
@@ -67,31 +54,29 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
     scheduler; "" starts `workers` processes on this machine (0: one for each GPU, or else for each
     core). Errors: `InputError` before any run starts, for a wrong parameter and an unfit cluster.
     """
-    recipes = check_runs(runs)
-    outcomes: dict[str, dict] = {}
+    recipes = []
+    for name, parameters in runs.items():
+        try:
+            recipes.append(pets.Recipe(**parameters | {"RUN_NAME": name, "RESUME": True}))
+        except InputError as error:
+            raise InputError(f"the run {name}: {error}") from None
     workers = workers or min(torch.cuda.device_count() or CPU_COUNT, len(runs))
     with start_workers(cluster, workers) as client:
-        threads = threads_by_host(client)
-        futures = [client.submit(make_run, one, threads, key=one.RUN_NAME) for one in recipes]
-        with tqdm(as_completed(futures), "runs", len(recipes), leave=False) as bar:
-            bar.set_postfix_str(at_work(client))
-            for future in bar:
-                outcomes[future.key] = outcome_of(future)
-                bar.set_postfix_str(at_work(client))
+        check_workers(client)
+        futures = [client.submit(make_run, recipe, key=recipe.RUN_NAME) for recipe in recipes]
+        done = tqdm(as_completed(futures), "runs", len(recipes), leave=False)
+        outcomes = {future.key: outcome_of(future) for future in done}
     return [outcomes[name] for name in runs]
-
-
-def at_work(client: Client) -> str:
-    """Return which runs the workers have in hand."""
-    names = sorted(name for names in client.processing().values() for name in names)
-    return f"at work: {', '.join(names)}"
 
 
 def start_workers(cluster: str, workers: int) -> Client:
     """Return a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
-    # No run waits for another on a worker, and no profiler takes 4 % of a core.
+    # No run waits for another on a worker, no profiler takes 4 % of a core, and the cores are
+    # shared out to the workers, from which the kernels inherit, unless OMP_NUM_THREADS is given.
     dask_config.set({"distributed.scheduler.worker-saturation": 1.0})
     dask_config.set({"distributed.worker.profile.enabled": False})
+    threads = max(1, CPU_COUNT // workers)
+    dask_config.set({"distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": threads})
     own = {"n_workers": workers, "threads_per_worker": 1}
     own |= {"dashboard_address": "127.0.0.1:0"}  # any free port
     own |= {"memory_limit": 0, "silence_logs": 50}  # the kernels need the memory
@@ -102,42 +87,22 @@ def start_workers(cluster: str, workers: int) -> Client:
         raise InputError(f"{what}: start one, or leave it out.") from None
 
 
-def this_host() -> tuple[str, int]:
-    """Return the name of the machine that this process runs on, and its number of cores."""
-    return socket.gethostname(), CPU_COUNT
-
-
-def threads_by_host(client: Client) -> dict[str, int]:
-    """Return how many threads a run may have on each machine: its cores divided by its workers.
-
-    Errors: `InputError` for workers that can't make runs.
-    """
+def check_workers(client: Client) -> None:
+    """Raise `InputError` unless a scheduler has workers, each for one run at a time."""
     threads = client.nthreads().values()
     if not threads or max(threads) > 1:
         what = "have more than one thread" if threads else "are missing"
         mend = "start some with --nthreads 1, since a run needs a process of its own"
         raise InputError(f"the scheduler's workers {what}: {mend}.")
-    try:
-        client.run_on_scheduler(this_host)
-        hosts = client.run(this_host).values()
-    except Exception as error:  # a worker's error comes back as a bare Exception
-        what = f"the scheduler or a worker can't import this project ({error})"
-        mend = "start them in its folder, with .venv/bin/python -m dask"
-        raise InputError(f"{what}: {mend}.") from None
-    shares = {host: max(1, cores // workers) for (host, cores), workers in Counter(hosts).items()}
-    chosen = os.environ.get("OMP_NUM_THREADS")  # what a user asked for counts
-    return dict.fromkeys(shares, int(chosen)) if chosen else shares
 
 
-def make_run(recipe: pets.Recipe, threads: dict[str, int]) -> dict:
+def make_run(recipe: pets.Recipe) -> dict:
     """Make one run, in the process of a Dask worker, unless it is there; return its outcome.
 
     Dask calls this again if a worker is lost: the second call finds the first one's checkpoint.
     """
     folder = pets.ROOT / "runs" / recipe.RUN_NAME
-    # Dask gives each worker one thread, and the kernel would inherit that.
-    own = str(threads.get(socket.gethostname(), 1))
-    os.environ.update(OMP_NUM_THREADS=own, MKL_NUM_THREADS=own, **gpu_of(get_worker().name))
+    os.environ.update(gpu_of(get_worker().name))
     given = yaml.safe_dump(recipe.model_dump(exclude_defaults=True))
     outcome = "failed"
     try:
@@ -190,8 +155,8 @@ def outcome_of(future: Future) -> dict:
     try:
         return future.result()
     except Exception as error:  # its worker died again and again, or the scheduler is gone ...
-        told = f"{type(error).__name__}: {reason(error)}"
-        why = f"Dask lost it, perhaps for want of memory ({told}): make the run alone to see why."
+        told = f"its worker failed ({type(error).__name__}: {reason(error)})"
+        why = f"{told}: start one in the project's folder that has memory enough."
     return {"run": future.key, "outcome": "failed", "why": why}
 
 
