@@ -12,6 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from damage import damage
 
 import petseg_utils as pets
 from experiments import sweep
@@ -104,16 +105,13 @@ def test_a_complete_run_counts_wherever_it_was_made_but_not_one_with_other_param
         sweep.what_is_there(tmp_path, parameters | {"EPOCHS": 2})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"parameters": []}'])
-def test_a_run_that_is_damaged_is_gone_on_with(text, tmp_path):
+@pytest.mark.parametrize(("file", "text"), [
+    ("metrics.json", ""), ("metrics.json", "[]"), ("metrics.json", "{}"),
+    ("metrics.json", '{"parameters": []}'), ("notebook.ipynb", None),
+])  # fmt: skip
+def test_a_run_that_is_damaged_or_did_not_reach_its_last_cell_is_gone_on_with(file, text, tmp_path):
     parameters = write_metrics(tmp_path)
-    (tmp_path / "metrics.json").write_text(text, encoding="utf-8")
-    assert sweep.what_is_there(tmp_path, parameters) == ""
-
-
-def test_a_run_that_did_not_reach_its_last_cell_is_gone_on_with(tmp_path):
-    parameters = write_metrics(tmp_path)
-    (tmp_path / "notebook.ipynb").rename(tmp_path / "unfinished.ipynb")
+    damage(tmp_path / file, "", text)
     assert sweep.what_is_there(tmp_path, parameters) == ""
 
 
@@ -172,14 +170,6 @@ def scheduler():
         process.stderr.close()
 
 
-def wait_for(condition, seconds: float = 400) -> None:
-    """Wait until `condition()` holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.2)
-
-
 def test_a_killed_workers_run_goes_on_from_its_checkpoint_elsewhere(scheduler, names, tmp_path):
     address, processes = scheduler
     (stem,) = names("grid")
@@ -195,7 +185,9 @@ def test_a_killed_workers_run_goes_on_from_its_checkpoint_elsewhere(scheduler, n
         kept = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         made = subprocess.Popen(command, cwd=pets.ROOT, **kept)
         processes.append(start(*worker))
-        wait_for((folder / "checkpoint.pt").exists)
+        while not (folder / "checkpoint.pt").exists():
+            assert made.poll() is None, "the sweep ended before"
+            time.sleep(0.2)
         busy = next(worker for worker, tasks in client.processing().items() if tasks)
         os.kill(client.run(os.getpid, workers=[busy])[busy], signal.SIGKILL)
         assert not (folder / "metrics.json").exists(), "the run was over before that"
