@@ -20,5 +20,6 @@ def write_json(path: Path, value: object) -> None:
 
 def markdown(rows: list[dict[str, str]]) -> str:
     """Return rows with the same keys as a table in Markdown."""
-    head, *body = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(r.values() for r in rows))]
+    lines = [list(rows[0])] + [list(row.values()) for row in rows]
+    head, *body = [f"| {' | '.join(cells)} |" for cells in lines]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
