@@ -191,10 +191,9 @@ def test_a_wrong_folder_ends_in_a_sentence(arguments, complains):
         score.main(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [([], USAGE), ([".", ".", "."], USAGE), (["nowhere"], "there is no dataset at ")],
-)
+@pytest.mark.parametrize(("arguments", "told"), [
+    ([], USAGE), ([".", ".", "."], USAGE), (["nowhere"], "there is no dataset at "),
+])  # fmt: skip
 def test_the_script_ends_with_its_usage_or_a_sentence(arguments, told, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["score", *arguments])
     with pytest.raises(SystemExit, match=re.escape(told)):
@@ -213,10 +212,9 @@ def test_weights_are_scored_again(run_copy, sample, capsys):
     assert 0.2 < now < 1
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "words"),
-    [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")],
-)
+@pytest.mark.parametrize(("value", "digits", "words"), [
+    (0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01"),
+])  # fmt: skip
 def test_cut_never_rounds_up(value, digits, words):
     assert cut(value, digits) == words
 
