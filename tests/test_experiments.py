@@ -196,6 +196,7 @@ def test_a_wrong_folder_ends_in_a_sentence(arguments, complains):
 ])  # fmt: skip
 def test_the_script_ends_with_its_usage_or_a_sentence(arguments, told, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["score", *arguments])
+    monkeypatch.delitem(sys.modules, "experiments.score")
     with pytest.raises(SystemExit, match=re.escape(told)):
         runpy.run_module("experiments.score", run_name="__main__")
 
