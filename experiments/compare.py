@@ -6,8 +6,7 @@ by one, where a draw here is a row of counts, so that one matrix product scores 
 
 import html
 import re
-from functools import lru_cache
-from itertools import groupby
+from functools import lru_cache, partial
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -122,14 +121,15 @@ class Repeated(NamedTuple):
 
 def group_runs(runs: list[Run]) -> dict[tuple, list[Repeated]]:
     """Return the runs by what they were tested on, folded over seeds, the best validation first."""
-    groups: dict[tuple, list[Repeated]] = {}
-    ordered = sorted(runs, key=lambda run: (run.test_of, run.recipe, run.seed))
-    for (test_of, _), same in groupby(ordered, key=lambda run: (run.test_of, run.recipe)):
-        repeated = list(same)
-        name = re.sub(r"_seed_\d+$", "", repeated[0].name)
-        groups.setdefault(test_of, []).append(Repeated(name, repeated))
-    for rows in groups.values():
-        rows.sort(key=lambda row: -row.mean("valid.mean_iou"))
+    found: dict[tuple, dict[str, list[Run]]] = {}
+    for run in sorted(runs, key=lambda run: (run.test_of, run.recipe, run.seed)):
+        found.setdefault(run.test_of, {}).setdefault(run.recipe, []).append(run)
+    groups = {}
+    for test_of, recipes in found.items():
+        rows = [
+            Repeated(re.sub(r"_seed_\d+$", "", same[0].name), same) for same in recipes.values()
+        ]
+        groups[test_of] = sorted(rows, key=lambda row: -row.mean("valid.mean_iou"))
     return groups
 
 
@@ -182,18 +182,14 @@ def links(rows: list[Repeated]) -> str:
 
 def pareto_front(costs: list[float], gains: list[float]) -> list[int]:
     """Return which points no other beats at no more cost, from the cheapest to the dearest."""
-    front: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i])):
-        if not front or gains[i] > gains[front[-1]]:
-            front.append(i)
-    return front
+    points = pd.DataFrame({"cost": costs, "gain": gains})
+    gain = points.sort_values(["cost", "gain"], ascending=[True, False])["gain"]
+    return gain.index[gain > gain.cummax().shift(fill_value=-np.inf)].tolist()
 
 
 def moved_most(run: Run, base: Run, count: int = 2) -> dict[str, float]:
     """Return by how much right pixels changed on the test images that gained and lost most."""
-    own, others = (
-        pd.Series(one.counts["test"]).map(lambda counts: score_of(counts, "pixel_accuracy"))
-        for one in (run, base)
-    )
+    right = partial(score_of, score="pixel_accuracy")
+    own, others = (pd.Series(one.counts["test"]).map(right) for one in (run, base))
     change = (own - others).dropna().sort_values(ascending=False, kind="stable")
     return {**change[:count], **change[-count:]}

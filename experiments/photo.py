@@ -91,8 +91,7 @@ def main(path: str) -> None:
         what = "name one, as in make photo PHOTO=my_cat.jpg"
         raise pets.InputError(f"there is no photo to look at: {what}.")
     photo = pets.open_image(path)
-    with Path(path).expanduser().open("rb") as file:
-        own = hashlib.file_digest(file, "sha256").hexdigest()
+    own = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
     labels = segment(photo)
     mask = Image.fromarray(labels.numpy())
     mask.putpalette([v for color in pets.COLORS.values() for v in ImageColor.getrgb(color)])

@@ -26,10 +26,9 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 COLUMNS = {"name": str, "dataset.name": str, "training.seconds": Seconds}
 COLUMNS |= {"model.parameters": Whole, "model.flops": Whole}  # FLOPs of one forward pass
 COLUMNS |= {f"parameters.{name}": int for name in ("SEED", "IMAGE_SIZE", "SCORE_SIZE")}
-for split in ("valid", "test"):
-    COLUMNS |= {f"{split}.pixel_accuracy": Share, f"{split}.mean_iou": Share}
-    COLUMNS |= {f"{split}.iou.{name}": Share | None for name in pets.CLASSES}
-    COLUMNS |= {f"{split}.images": Whole}
+SCORES = {"pixel_accuracy": Share, "mean_iou": Share, "images": Whole}
+SCORES |= {f"iou.{name}": Share | None for name in pets.CLASSES}
+COLUMNS |= {f"{split}.{name}": SCORES[name] for split in ("valid", "test") for name in SCORES}
 Row = TypedDict("Row", COLUMNS)
 HISTORY = {"epoch": float, "train_loss": float, "valid_pixel_accuracy": Share, "seconds": Seconds}
 Epoch = TypedDict("Epoch", HISTORY)  # a line of history.csv

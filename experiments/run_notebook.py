@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import nbformat
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.cli import papermill
@@ -26,6 +26,7 @@ from support.safe_files import lock, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+NARRATIVE = NOTEBOOKS / "pet_segmentation.ipynb"
 RECIPES = ROOT / "recipes"  # parameters of runs, by name
 PAGE = NOTEBOOKS / "page.html.j2"  # how the executed notebook looks in a browser
 
@@ -33,8 +34,9 @@ PAGE = NOTEBOOKS / "page.html.j2"  # how the executed notebook looks in a browse
 def run(name: str, *options: str) -> None:
     """Execute the narrative into the folder runs/`name`. Errors: `InputError`."""
     check_folder_name(name, "NAME")
+    quieten_kernel()
     output = ROOT / "runs" / name / "notebook.ipynb"
-    execute(NOTEBOOKS / "pet_segmentation.ipynb", output, ["-r", "RUN_NAME", name, *read(options)])
+    execute(NARRATIVE, output, ["-r", "RUN_NAME", name, *read(options)])
 
 
 def read(options: Sequence[str]) -> list[str]:
@@ -56,6 +58,7 @@ def read(options: Sequence[str]) -> list[str]:
 
 def compare(*options: str) -> None:
     """Execute the comparison into runs/compare.ipynb. Errors: `InputError`."""
+    quieten_kernel()
     execute(NOTEBOOKS / "compare_runs.ipynb", ROOT / "runs" / "compare.ipynb", list(options))
 
 
@@ -63,9 +66,10 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
     """Execute a notebook into `output`, with a page for a browser beside. Errors: `InputError`."""
     draft = output.with_name("unfinished.ipynb")  # what stays of a run that fails
     page = output.with_suffix(".html")
+    claim = output.with_name(".notebook.lock")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        lock(output.with_name(".notebook.lock"))
+        lock(claim)
         draft.unlink(missing_ok=True)  # that of an earlier run would be taken for this one's
         once = "--no-request-save-on-cell-execute"  # twice a cell takes a tenth of the whole time
         shown = show_progress(output.with_name("log.txt"))
@@ -91,6 +95,8 @@ def execute(notebook: Path, output: Path, options: list[str]) -> None:
         go_on = f"{kept} keeps the complete epochs, to go on from with -p RESUME True"
         why = "the run was stopped, by Ctrl-C or for want of memory"
         raise InputError(f"{why}: {go_on if kept.exists() else 'start again'}.") from None
+    finally:
+        FileLock(claim, is_singleton=True).release()  # a sweep's process makes other runs, too
     metrics = output.with_name("metrics.json")
     executed_now = tidy.metadata.get("papermill", {}).get("end_time")  # not by --prepare-only
     if executed_now and metrics.exists():
@@ -104,27 +110,22 @@ def call_papermill(command: list[str], draft: Path) -> None:
     Errors: `InputError` for a cell that fails and for papermill's options, and `OSError` if the
     draft cannot be written.
     """
-    quieten_kernel()
     try:
         papermill.main(command, standalone_mode=False)
     except PapermillExecutionError as error:
         raise InputError(fault_of(error, draft)) from None
-    except SystemExit as end:
-        if end.code:  # of a dead kernel, not of --help-notebook
-            raise KeyboardInterrupt from None
+    except SystemExit:
+        return  # --help-notebook has printed what it was asked for
     except click.Abort:
         raise KeyboardInterrupt from None
-    except click.ClickException as error:
-        why = f"papermill does not understand its options ({error.format_message()})"
-        raise InputError(f"{why}: correct them.") from None
-    except Exception as error:  # of the kernel, the engine, files, YAML, time limits ...
+    except Exception as error:  # of the options, the kernel, the engine, files, YAML, time limits
         own = isinstance(error, OSError) and error.filename in (None, str(draft))
         if own and not isinstance(error, TimeoutError):
             raise
-        why = " ".join(
-            [reason(error).strip("'").rstrip(".:"), getattr(error, "filename", "") or ""]
-        )
-        what = f"papermill cannot do what its options ask for ({why.strip()})"
+        file = getattr(error, "filename", "") or ""
+        told = error.format_message() if isinstance(error, click.ClickException) else reason(error)
+        why = " ".join([told.strip("'").rstrip(".:"), file]).strip()
+        what = f"papermill cannot do what its options ask for ({why})"
         raise InputError(f"{what}: correct them.") from None
 
 

@@ -5,30 +5,21 @@
 FOLDER holds oxford-iiit-pet.
 """
 
-from pathlib import Path
-
 import petseg_utils as pets
 from experiments.command import as_script
-from experiments.read_runs import Run, read_folder
+from experiments.read_runs import read_folder
 from petseg_utils import InputError
-
-
-def read_scored(folder: Path) -> tuple[Run, pets.Recipe]:
-    """Return a run on the real dataset and its recipe, both checked. Errors: `InputError`."""
-    run = read_folder(folder)
-    if missing := pets.Recipe.model_fields.keys() - run.parameters.keys():
-        what = f"{folder} is of an older version, without {', '.join(sorted(missing))}"
-        raise InputError(f"{what}: make the run again.")
-    recipe = pets.Recipe(**run.parameters)
-    if recipe.DATASET != "oxford":
-        raise InputError(f"{folder} is not of the real dataset: name a run with DATASET oxford.")
-    return run, recipe
 
 
 def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
     """Load a run's weights, predict the test split and print both scores, all checked first."""
-    then, recipe = read_scored(pets.ROOT / run)
-    model, _ = pets.load_net(pets.ROOT / run)
+    then = read_folder(pets.ROOT / run)
+    model, recipe = pets.load_net(pets.ROOT / run)
+    if missing := pets.Recipe.model_fields.keys() - then.parameters.keys():
+        what = f"{run} is of an older version, without {', '.join(sorted(missing))}"
+        raise InputError(f"{what}: make the run again.")
+    if recipe.DATASET != "oxford":
+        raise InputError(f"{run} is not of the real dataset: name a run with DATASET oxford.")
     device = pets.pick_device(recipe.DEVICE)
     precision = pets.pick_precision(recipe.PRECISION, device)
     folder = pets.find_dataset(data_dir)

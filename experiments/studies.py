@@ -8,14 +8,15 @@ FOLDER holds oxford-iiit-pet. NAME is one of these:
   `make sweep` makes them, here or on a Dask CLUSTER. NAME.csv keeps a line for each.
 - norm_statistics: the base is trained, and after every epoch the same averaged weights are scored
   twice on the held-out images, with statistics that training gathered and that were measured anew.
-- peer: segmentation_models_pytorch's Unet with a ResNet-18 encoder, which has about as many
-  parameters as ours, trains beside ours, without pretrained weights. The recipe is the base's at 32
-  base channels, with Muon and once more with AdamW. experiments/requirements.txt installs it.
+- peer: segmentation_models_pytorch's Unet with a ResNet-18 encoder, about as large as ours, trains
+  beside ours, from scratch, by the base's recipe at 32 base channels, with Muon and with AdamW.
+  experiments/requirements.txt installs it.
 """
 
 import json
 import os
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -28,10 +29,10 @@ from experiments.command import as_script
 from experiments.compare import estimate
 from experiments.read_runs import Run, find_runs, to_table, write_table
 from experiments.tables import cut, markdown, write_json
+from support.speed import precision_of
 
 FOLDER = Path(__file__).parent
 GRIDS = {name: FOLDER / f"{name}.json" for name in ("ablations", "optimisers")}
-NETS = {"ours": "this project's U-Net", "peer": "segmentation_models_pytorch's Unet, ResNet-18"}
 
 # ------------------------------------------------------------------------------- grids, by notebook
 
@@ -76,16 +77,17 @@ def grid_table(kept: pd.DataFrame) -> str:
     rows = []
     for change, runs in kept.groupby("change", sort=False):
         mean = runs.mean(numeric_only=True)
-        gains = [
-            "" if change == "base" else f"{gain:+.2f} ({low:.2f} to {high:.2f})"
-            for gain, low, high in runs[["gain", "gain_low", "gain_high"]].to_numpy()
-        ]
-        shown = [change.replace("_", " "), f"{cut(100 * mean['test.pixel_accuracy'], 2)} %", *gains]
-        shown += [cut(mean[f"test.{score}"], 3) for score in ("mean_iou", "iou.border")]
-        rows.append([*shown, f"{mean['model.flops'] / 1e9:.2f}", f"{mean['training.seconds']:.0f}"])
-    seeds = [f"gain, seed {seed}" for seed in kept.loc["base"].index]
-    heads = ["changed", "pixel accuracy", *seeds, "mean IoU", "IoU border", "GFLOP", "seconds"]
-    return markdown(heads, rows)
+        row = {"changed": change.replace("_", " ")}
+        row["pixel accuracy"] = f"{cut(100 * mean['test.pixel_accuracy'], 2)} %"
+        for (_, seed), run in runs.iterrows():
+            gain = f"{run['gain']:+.2f} ({run['gain_low']:.2f} to {run['gain_high']:.2f})"
+            row[f"gain, seed {seed}"] = "" if change == "base" else gain
+        row["mean IoU"] = cut(mean["test.mean_iou"], 3)
+        row["IoU border"] = cut(mean["test.iou.border"], 3)
+        row["GFLOP"] = f"{mean['model.flops'] / 1e9:.2f}"
+        row["seconds"] = f"{mean['training.seconds']:.0f}"
+        rows.append(row)
+    return markdown(rows)
 
 
 # ------------------------------------------------------------------------------- BatchNorm, a peer
@@ -93,14 +95,14 @@ def grid_table(kept: pd.DataFrame) -> str:
 
 def load(folder: Path, recipe: pets.Recipe) -> tuple[pets.Pets, pets.Pets, pets.Pets]:
     """Return the training, validation and test images as the notebook would load them."""
-    side, scored = recipe.IMAGE_SIZE, {"mask_side": recipe.SCORE_SIZE}
+    side, scored = recipe.IMAGE_SIZE, recipe.SCORE_SIZE
     names = pets.read_split(folder, "trainval", recipe.LIMIT)
-    learned, held_out = pets.hold_out(names, seed=recipe.SEED)
+    learned, held_out = pets.hold_out(names, recipe.HOLD_OUT, recipe.SEED)
     test = pets.read_split(folder, "test", recipe.LIMIT)
     return (
-        pets.load_pets(folder, learned, side, "training images"),
-        pets.load_pets(folder, held_out, side, "validation images", **scored),
-        pets.load_pets(folder, test, side, "test images", **scored),
+        pets.load_pets(folder, learned, side),
+        pets.load_pets(folder, held_out, side, mask_side=scored),
+        pets.load_pets(folder, test, side, mask_side=scored),
     )
 
 
@@ -117,30 +119,30 @@ def follow(folder: Path) -> dict[str, list[dict]]:
     for seed in ("0", "1"):
         recipe = pets.Recipe(**grid[f"ablations_base_seed_{seed}"])
         train_pets, valid_pets, _ = load(folder, recipe)
-        device = pets.pick_device(recipe.DEVICE)
-        precision = pets.pick_precision(recipe.PRECISION, device)
         torch.manual_seed(recipe.SEED)
-        model = pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH).to(device)
+        model = pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH).to(pets.pick_device(recipe.DEVICE))
+        precision = precision_of(model, recipe)
         steps = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE)
         training = pets.Training.start(model, recipe, steps)
         kept[seed] = []
         for row in pets.epochs(training, train_pets, valid_pets, recipe, done=0):
             averaged = with_statistics_of(training.average.module, model)
             gathered = pets.scores(pets.evaluate(averaged, valid_pets, precision).sum(0))
-            both = gathered["pixel_accuracy"], row["valid_pixel_accuracy"]
-            kept[seed].append(dict(zip(("gathered", "measured"), both, strict=True)))
+            both = {"gathered": gathered["pixel_accuracy"], "measured": row["valid_pixel_accuracy"]}
+            kept[seed].append(both)
     return kept
 
 
 def norms_table(kept: dict[str, list[dict]]) -> str:
     """Return both accuracies after every epoch as Markdown, in columns for each seed."""
-    columns = {
-        f"{kind}, seed {seed}": [f"{cut(100 * row[kind], 2)} %" for row in rows]
-        for seed, rows in kept.items()
-        for kind in ("gathered", "measured")
-    }
-    epochs = enumerate(zip(*columns.values(), strict=True), 1)
-    return markdown(["epoch", *columns], [[str(epoch), *cells] for epoch, cells in epochs])
+    rows = []
+    for epoch, both in enumerate(zip(*kept.values(), strict=True), 1):
+        row = {"epoch": str(epoch)}
+        for seed, accuracies in zip(kept, both, strict=True):
+            for kind, accuracy in accuracies.items():
+                row[f"{kind}, seed {seed}"] = f"{cut(100 * accuracy, 2)} %"
+        rows.append(row)
+    return markdown(rows)
 
 
 def peer_recipes() -> dict[str, pets.Recipe]:
@@ -155,11 +157,10 @@ def train_and_score(
 ) -> dict:
     """Train `model` by `recipe`; return the recipe, and the model's size, speed and scores."""
     train_pets, valid_pets, test_pets = splits
-    device = pets.pick_device(recipe.DEVICE)
-    history = pets.train(model.to(device), train_pets, valid_pets, recipe)
+    model.to(pets.pick_device(recipe.DEVICE))
+    history = pets.train(model, train_pets, valid_pets, recipe)
     batches = recipe.EPOCHS * pets.count_steps(len(train_pets.names), recipe.BATCH_SIZE)
-    precision = pets.pick_precision(recipe.PRECISION, device)
-    matrices = pets.evaluate(model, test_pets, precision, flip=recipe.FLIP)
+    matrices = pets.evaluate(model, test_pets, precision_of(model, recipe), flip=recipe.FLIP)
     return {
         "recipe": recipe.model_dump(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -169,23 +170,21 @@ def train_and_score(
 
 
 def compare_nets(folder: Path) -> dict:
-    """Train and score both nets with both optimisers. Errors: `InputError`."""
-    try:
-        import segmentation_models_pytorch as smp  # before the long work, and for it alone
-    except ImportError:
-        mend = "run pip install -r experiments/requirements.txt"
-        raise pets.InputError(f"the peer is not installed: {mend}.") from None
+    """Train and score both nets with both optimisers."""
+    import segmentation_models_pytorch as smp  # of experiments/requirements.txt, for this alone
+
     splits = load(folder, peer_recipes()["Muon"])
-    makers = {
-        "ours": lambda recipe: pets.UNet(recipe.BASE_CHANNELS, recipe.DEPTH),
-        "peer": lambda _: smp.Unet("resnet18", encoder_weights=None, classes=len(pets.CLASSES)),
+    peer = partial(smp.Unet, "resnet18", encoder_weights=None, classes=len(pets.CLASSES))
+    nets = {
+        "this project's U-Net": partial(pets.UNet, 32),
+        "segmentation_models_pytorch's Unet, ResNet-18": peer,
     }
     runs = []
     for optimiser, recipe in peer_recipes().items():
-        for net, make in makers.items():
-            print(f"{NETS[net]}, {optimiser}")
+        for net, make in nets.items():
+            print(f"{net}, {optimiser}")
             torch.manual_seed(recipe.SEED)
-            result = train_and_score(make(recipe), splits, recipe)
+            result = train_and_score(make(), splits, recipe)
             runs.append({"net": net, "optimiser": optimiser, **result})
     versions = {"smp": smp.__version__, "torch": torch.__version__}
     return {**versions, "threads": torch.get_num_threads(), "runs": runs}
@@ -195,12 +194,13 @@ def peer_table(kept: dict) -> str:
     """Return the comparison of the nets as Markdown."""
     rows = []
     for run in kept["runs"]:
-        accuracy, iou = run["test"]["pixel_accuracy"], run["test"]["mean_iou"]
-        cells = [NETS[run["net"]], run["optimiser"], f"{run['parameters']:,}"]
-        cells += [f"{cut(100 * accuracy, 2)} %", cut(iou, 3), cut(run["images_per_second"], 1)]
-        rows.append(cells)
-    heads = ["net", "optimiser", "parameters", "pixel accuracy", "mean IoU", "images a second"]
-    return markdown(heads, rows)
+        row = {"net": run["net"], "optimiser": run["optimiser"]}
+        row["parameters"] = f"{run['parameters']:,}"
+        row["pixel accuracy"] = f"{cut(100 * run['test']['pixel_accuracy'], 2)} %"
+        row["mean IoU"] = cut(run["test"]["mean_iou"], 3)
+        row["images a second"] = cut(run["images_per_second"], 1)
+        rows.append(row)
+    return markdown(rows)
 
 
 STUDIES = {"norm_statistics": (follow, norms_table), "peer": (compare_nets, peer_table)}

@@ -8,34 +8,25 @@ experiments/README.md tells; without it, workers of this machine's own do the wo
 command goes on where it stopped.
 """
 
+import io
 import json
 import os
-import socket
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import papermill
 import torch
+import yaml
 from dask import config as dask_config
 from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, as_completed, get_worker
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
+from distributed import Client, Future, as_completed, get_worker
 from tqdm import tqdm
-from traitlets.config import Config
 
 import petseg_utils as pets
-from experiments.terminal import fault_of
+from experiments.run_notebook import NARRATIVE, execute
 from petseg_utils import InputError
 from support.parameters import reason
 from support.safe_files import git_name
-
-NOTEBOOK = pets.ROOT / "notebooks" / "pet_segmentation.ipynb"
-GRID = '{"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}'
 
 
 def read_grid(path: Path) -> dict[str, dict]:
@@ -50,19 +41,9 @@ def read_grid(path: Path) -> dict[str, dict]:
         if not runs or len(grid) > 3:
             raise ValueError(f"{len(runs)} runs, of {', '.join(grid)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no grid ({error}): it should hold {GRID}.") from None
+        wanted = '{"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}'
+        raise InputError(f"{path} is no grid ({error}): it should hold {wanted}.") from None
     return runs
-
-
-def check_runs(runs: dict[str, dict]) -> list[pets.Recipe]:
-    """Return the recipe of each run. Errors: `InputError` that names the run."""
-    recipes = []
-    for name, parameters in runs.items():
-        try:
-            recipes.append(pets.Recipe(**parameters | {"RUN_NAME": name, "RESUME": True}))
-        except InputError as error:
-            raise InputError(f"the run {name}: {error}") from None
-    return recipes
 
 
 def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> list[dict]:
@@ -73,132 +54,76 @@ def make_runs(runs: dict[str, dict], cluster: str = "", workers: int = 0) -> lis
     scheduler; "" starts `workers` processes on this machine (0: one for each GPU, or else for each
     core). Errors: `InputError` before any run starts, for a wrong parameter and an unfit cluster.
     """
-    recipes = check_runs(runs)
-    outcomes: dict[str, dict] = {}
+    recipes = []
+    for name, parameters in runs.items():
+        try:
+            recipes.append(pets.Recipe(**parameters | {"RUN_NAME": name, "RESUME": True}))
+        except InputError as error:
+            raise InputError(f"the run {name}: {error}") from None
     workers = workers or min(torch.cuda.device_count() or CPU_COUNT, len(runs))
     with start_workers(cluster, workers) as client:
-        threads = threads_by_host(client)
-        futures = {
-            client.submit(make_run, recipe.model_dump(), threads, pure=False): recipe.RUN_NAME
-            for recipe in recipes
-        }
-        with tqdm(as_completed(futures), "runs", len(recipes), leave=False) as bar:
-            bar.set_postfix_str(at_work(client, futures))
-            for future in bar:
-                outcomes[futures[future]] = outcome_of(future, futures[future])
-                bar.set_postfix_str(at_work(client, futures))
+        check_workers(client)
+        futures = [client.submit(make_run, recipe, key=recipe.RUN_NAME) for recipe in recipes]
+        done = tqdm(as_completed(futures), "runs", len(recipes), leave=False)
+        outcomes = {future.key: outcome_of(future) for future in done}
     return [outcomes[name] for name in runs]
 
 
-def at_work(client: Client, futures: dict[Future, str]) -> str:
-    """Return which of the runs the workers have in hand, by their futures."""
-    keys = {key for keys in client.processing().values() for key in keys}
-    return f"at work: {', '.join(sorted(futures[one] for one in futures if one.key in keys))}"
-
-
-@contextmanager
-def start_workers(cluster: str, workers: int) -> Iterator[Client]:
-    """Give a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
-    if not cluster:
-        dask_config.set(
-            {"distributed.scheduler.worker-saturation": 1.0}
-        )  # no run waits for another
-        dask_config.set({"distributed.worker.profile.enabled": False})  # it takes 4 % of a core
-        options = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}  # any free port
-        options |= {"memory_limit": 0, "silence_logs": 50}  # the kernels need the memory
-        with LocalCluster(n_workers=workers, **options) as own, Client(own) as client:
-            yield client
-        return
+def start_workers(cluster: str, workers: int) -> Client:
+    """Return a client of the scheduler at `cluster`, or of new processes. Errors: `InputError`."""
+    # No run waits for another on a worker, no profiler takes 4 % of a core, and the cores are
+    # shared out to the workers, from which the kernels inherit, unless OMP_NUM_THREADS is given.
+    dask_config.set({"distributed.scheduler.worker-saturation": 1.0})
+    dask_config.set({"distributed.worker.profile.enabled": False})
+    threads = max(1, CPU_COUNT // workers)
+    dask_config.set({"distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": threads})
+    own = {"n_workers": workers, "threads_per_worker": 1}
+    own |= {"dashboard_address": "127.0.0.1:0"}  # any free port
+    own |= {"memory_limit": 0, "silence_logs": 50}  # the kernels need the memory
     try:
-        client = Client(cluster, timeout="10s")
+        return Client(cluster, timeout="10s") if cluster else Client(**own)
     except (OSError, ValueError) as error:
         what = f"no Dask scheduler answers at {cluster} ({reason(error)})"
         raise InputError(f"{what}: start one, or leave it out.") from None
-    with client:
-        threads = client.nthreads().values()
-        if not threads or max(threads) > 1:
-            what = "have more than one thread" if threads else "are missing"
-            mend = "start some with --nthreads 1, since a run needs a process of its own"
-            raise InputError(f"the workers of {cluster} {what}: {mend}.")
-        try:
-            client.run_on_scheduler(this_host)
-            client.run(this_host)
-        except Exception as error:  # a worker's error comes back as a bare Exception
-            what = f"the scheduler at {cluster} or a worker can't import this project ({error})"
-            mend = "start them in its folder, with .venv/bin/python -m dask"
-            raise InputError(f"{what}: {mend}.") from None
-        yield client
 
 
-def this_host() -> tuple[str, int]:
-    """Return the name of the machine that this process runs on, and its number of cores."""
-    return socket.gethostname(), CPU_COUNT
+def check_workers(client: Client) -> None:
+    """Raise `InputError` unless a scheduler has workers, each for one run at a time."""
+    threads = client.nthreads().values()
+    if not threads or max(threads) > 1:
+        what = "have more than one thread" if threads else "are missing"
+        mend = "start some with --nthreads 1, since a run needs a process of its own"
+        raise InputError(f"the scheduler's workers {what}: {mend}.")
 
 
-def threads_by_host(client: Client) -> dict[str, int]:
-    """Return how many threads a run may have on each machine: its cores divided by its workers."""
-    hosts = client.run(this_host).values()
-    shares = {host: max(1, cores // workers) for (host, cores), workers in Counter(hosts).items()}
-    chosen = os.environ.get("OMP_NUM_THREADS")  # what a user asked for counts
-    return dict.fromkeys(shares, int(chosen)) if chosen else shares
-
-
-def make_run(parameters: dict, threads: dict[str, int]) -> dict:
+def make_run(recipe: pets.Recipe) -> dict:
     """Make one run, in the process of a Dask worker, unless it is there; return its outcome.
 
     Dask calls this again if a worker is lost: the second call finds the first one's checkpoint.
     """
-    name = parameters["RUN_NAME"]
-    folder = pets.ROOT / "runs" / name
+    folder = pets.ROOT / "runs" / recipe.RUN_NAME
+    os.environ.update(gpu_of(get_worker().name))
+    given = yaml.safe_dump(recipe.model_dump(exclude_defaults=True))
     outcome = "failed"
     try:
-        if why := what_is_there(folder, parameters):
+        if why := what_is_there(folder, recipe.model_dump()):
             outcome = "kept"
         else:
-            # Dask gives each worker one thread, and the kernel would inherit that.
-            own = str(threads.get(socket.gethostname(), 1))
-            os.environ.update(OMP_NUM_THREADS=own, MKL_NUM_THREADS=own, **gpu_of(get_worker().name))
-            execute(parameters, folder / "notebook.ipynb")
+            with redirect_stdout(io.StringIO()):  # many runs at once have one bar
+                options = ["-y", given, "--cwd", str(pets.ROOT)]
+                execute(NARRATIVE, folder / "notebook.ipynb", options)
             outcome = "made"
     except InputError as error:
         why = str(error)
-    except PapermillExecutionError as error:
-        why = " ".join(fault_of(error, folder / "notebook.ipynb").split())
-    except DeadKernelError:
-        why = "its kernel died, perhaps for want of memory: make the run alone to see where."
-    except OSError as error:
-        why = f"{folder} cannot be written to ({error}): make room, or change its permissions."
-    return {"run": name, "outcome": outcome, "why": why}
-
-
-def execute(parameters: dict, output: Path) -> None:
-    """Execute the notebook into its run's folder."""
-    defaults = pets.Recipe().model_dump()
-    given = {name: value for name, value in parameters.items() if value != defaults[name]}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(action="ignore"), TemporaryDirectory() as sockets:
-        # Kernels that start at the same moment may draw the same ports (papermill's issue 511), so
-        # their sockets are files.
-        ipc = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-        papermill.execute_notebook(
-            NOTEBOOK,
-            output,
-            given,
-            request_save_on_cell_execute=False,  # at its end: a hundred runs share one disk
-            progress_bar=False,
-            cwd=pets.ROOT,
-            config=ipc,
-            extra_arguments=["--log-level=CRITICAL"],  # it would break our progress bar
-        )
+    return {"run": recipe.RUN_NAME, "outcome": outcome, "why": why}
 
 
 def gpu_of(worker: str | int) -> dict[str, str]:
     """Return the environment that gives each of this machine's own workers a GPU of its own."""
     gpus = torch.cuda.device_count()
-    given = "CUDA_VISIBLE_DEVICES" in os.environ  # by whoever started the workers
-    if not gpus or given or not str(worker).isdigit():  # this machine's own workers are numbered
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": str(int(worker) % gpus)}
+    if not gpus or "CUDA_VISIBLE_DEVICES" in os.environ or not isinstance(worker, int):
+        return {}  # whoever starts workers by hand shares GPUs out
+    return {"CUDA_VISIBLE_DEVICES": str(worker % gpus)}
 
 
 def what_is_there(folder: Path, parameters: dict) -> str:
@@ -219,29 +144,20 @@ def what_is_there(folder: Path, parameters: dict) -> str:
     if other:
         what = f"there is another run in {folder}, with {'; '.join(other)}"
         raise InputError(f"{what}: give this one another name, or move that one away.")
-    if not ran_to_its_end(folder / "notebook.ipynb"):
+    if not (folder / "notebook.ipynb").exists():  # written when the last cell is executed
         return ""
     same = code == git_name(Path(pets.__file__))
     return "complete" if same else "complete, made by another version of petseg_utils.py"
 
 
-def ran_to_its_end(notebook: Path) -> bool:
-    """Return whether papermill executed the last cell, some cells after the results are written."""
-    try:
-        record = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]
-        return bool(record["end_time"]) and not record["exception"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
-def outcome_of(future: Future, name: str) -> dict:
+def outcome_of(future: Future) -> dict:
     """Return what `make_run` returned, or the same for a run of which Dask knows no result."""
     try:
         return future.result()
     except Exception as error:  # its worker died again and again, or the scheduler is gone ...
-        told = f"{type(error).__name__}: {reason(error)}"
-        why = f"Dask lost it, perhaps for want of memory ({told}): make the run alone to see why."
-    return {"run": name, "outcome": "failed", "why": why}
+        told = f"its worker failed ({type(error).__name__}: {reason(error)})"
+        why = f"{told}: start one in the project's folder that has memory enough."
+    return {"run": future.key, "outcome": "failed", "why": why}
 
 
 def report(outcomes: list[dict]) -> str:

@@ -18,7 +18,8 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    head, *body = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
-    return "\n".join([head, "|---" * len(heads) + "|", *body])
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Return rows with the same keys as a table in Markdown."""
+    lines = [list(rows[0])] + [list(row.values()) for row in rows]
+    head, *body = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])

@@ -6,9 +6,11 @@ is, a line for each section. All that papermill itself tells goes to a file.
 
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
@@ -16,29 +18,21 @@ from papermill.engines import NBClientEngine, NotebookExecutionManager, papermil
 from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger
 from tqdm import tqdm
+from traitlets.config import Config
 
 from experiments.tables import cut
 
 BAR = "{percentage:3.0f} %|{bar:10}| {desc}"
 STATE = re.compile(r"([^\r\n:]+): +\d+%\|[^|]*\| \S+ \[\S+<([\d:]+), [^,\]]+(?:, ([^\]]*))?\]")
-WORDS = {  # of the training's bar, as a sentence has them
-    r"epoch (\d+)/(\d+)": r"epoch \1 of \2",
-    r"loss=(\d+\.\d\d)\d*": r"loss \1",
-    r"valid accuracy=0\.(\d\d)\d*": r"\1 % of held-out pixels",
-    r"\b00:0?(\d+) left": r"\1 s left",
-}
 
 
 def state_of(text: str) -> str:
-    """Return in words the last state of the bars of tqdm that a cell wrote, "" without one."""
+    """Return the last state of the bars of tqdm that a cell wrote, "" without one."""
     states = STATE.findall(text)
     if not states:
         return ""
     what, left, figures = states[-1]
-    told = ", ".join(filter(None, [what, f"{left} left", figures]))
-    for pattern, words in WORDS.items():
-        told = re.sub(pattern, words, told)
-    return told
+    return ", ".join(filter(None, [what, f"{left} left", figures]))
 
 
 class Progress(logging.Handler):
@@ -78,9 +72,16 @@ class Engine(NBClientEngine):
         if nb_man.pbar is not None:
             nb_man.pbar.bar_format, nb_man.pbar.leave = BAR, False
         logger.addHandler(progress)
+        options["on_cell_start"] = progress.start_cell
+        options["extra_arguments"] = ["--log-level=CRITICAL"]  # the kernel's would break a bar
         try:
-            options["on_cell_start"] = progress.start_cell
-            super().execute_managed_notebook(nb_man, kernel_name, **options)
+            with TemporaryDirectory() as sockets:
+                if os.name == "posix":
+                    # Kernels that start at the same moment may draw the same ports (papermill's
+                    # issue 511), so their sockets are files.
+                    files = {"transport": "ipc", "ip": f"{sockets}/kernel"}
+                    options["config"] = Config(KernelManager=files)
+                super().execute_managed_notebook(nb_man, kernel_name, **options)
         except DeadKernelError:
             raise KeyboardInterrupt from None
         finally:

@@ -1,20 +1,14 @@
-"""How fast is a training step, and how does its cost grow? `make bench`, five minutes on two cores.
+"""How fast is a training step? `make bench`, a few minutes on two cores.
 
-Prints the table and the slopes of the README, and writes throughput_PRECISION.json and cost.png
-into runs/bench; what is quoted is kept in experiments/ and figures/. What is compared takes turns,
-in a process each, since to keep freed memory can't be undone in a process.
+Prints the table of the README and writes throughput_PRECISION.json into runs/bench; what is quoted
+is kept in experiments/.
 """
 
 import platform
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from functools import cache, partial
-from multiprocessing import get_context
 from time import perf_counter
 
-import matplotlib.pyplot as plt
-import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -28,12 +22,6 @@ PRECISION = pets.pick_precision("auto", DEVICE)
 NAME = str(PRECISION).removeprefix("torch.")
 SIDE, BATCH, STEPS = 128, 16, 2  # of the headline figures, with the course's net
 PLAIN = pets.Recipe(IMAGE_SIZE=SIDE, BASE_CHANNELS=32, MUON=False, LEARNING_RATE=1e-3)
-GROWING = {  # what grows, to which sizes, the slope of log cost to expect, an axis's label
-    "side": ([32, 64, 128, 256], 2, "side of the images, pixels"),
-    "width": ([8, 16, 32, 64], 2, "base channels"),
-    "batch": ([4, 8, 16, 32], 1, "images in the one batch"),
-    "images": ([8, 16, 32, 64], 1, "images, in batches of 8"),
-}
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -45,14 +33,15 @@ def seconds_of(work: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
-def least_seconds(what: str, *works: Callable[[], float], rounds: int = 5) -> list[float]:
-    """Return the least measurement by each of `works`, which take turns, after one to warm up.
+def least_seconds(rounds: int = 5, **works: Callable[[], object]) -> dict[str, float]:
+    """Return the least seconds of each of `works`, which take turns, after a round to warm up.
 
     The least, since what disturbs a measurement only ever adds to it; in turns, so that a slow
     minute of the machine falls on all of them.
     """
-    times = [[work() for work in works] for _ in tqdm(range(rounds + 1), what, leave=False)]
-    return np.min(times[1:], axis=0).tolist()
+    turns = tqdm(range(rounds + 1), ", ".join(works), leave=False)
+    times = [{name: seconds_of(work) for name, work in works.items()} for _ in turns]
+    return pd.DataFrame(times[1:]).min().to_dict()
 
 
 def random_pets(count: int, side: int) -> pets.Pets:
@@ -95,61 +84,25 @@ def steps_of(plain: bool = False, **changes: object) -> Callable[[], None]:
     return steps
 
 
-def epoch(
-    side: int = 64, width: int = 32, batch: int = 8, images: int = 8, augment: float = 0.0
-) -> Callable[[], float]:
-    """Return an epoch of `pets.train_epoch`, with AdamW like the steps, of a batch at least."""
-    sizes = {"IMAGE_SIZE": side, "BASE_CHANNELS": width, "BATCH_SIZE": batch}
-    recipe = PLAIN.but(**sizes, AUGMENT=augment)
-    data = random_pets(max(images, batch), side)
-    training, bar = start_training(recipe), tqdm(disable=True)
-    return lambda: pets.train_epoch(training, data, recipe, bar)
+def epoch() -> Callable[[], float]:
+    """Return an epoch of `pets.train_epoch`, with AdamW and as many steps."""
+    training, data = start_training(PLAIN), random_pets(STEPS * BATCH, SIDE)
+    return lambda: pets.train_epoch(training, data, PLAIN, tqdm(disable=True))
 
 
 def matrix_product(precision: str, size: int = 1024) -> float:
     """Return the FLOP/s of a product of two square matrices."""
     a, b = (torch.randn(size, size, device=DEVICE).to(getattr(torch, precision)) for _ in range(2))
-    return 2 * size**3 / least_seconds("matrix product", lambda: seconds_of(lambda: a @ b))[0]
-
-
-HEADLINE = {  # what is measured: whether freed memory is kept, and what makes the work
-    "plain": (False, partial(steps_of, plain=True)),
-    "memory_not_kept": (False, steps_of),
-    "step": (True, steps_of),
-    "muon_step": (True, partial(steps_of, MUON=True)),
-    "loop": (True, partial(epoch, SIDE, PLAIN.BASE_CHANNELS, BATCH, STEPS * BATCH, augment=1.0)),
-}
-
-
-@cache
-def work_of(name: str) -> Callable[[], object]:
-    """Return the work of one part of the headline, for which its process is set up once."""
-    keep, make = HEADLINE[name]
-    if keep:
-        pets.keep_freed_memory()
-    return make()
-
-
-def measure(name: str) -> float:
-    """Return the seconds of one part of the headline."""
-    return seconds_of(work_of(name))
-
-
-def in_turns() -> dict[str, float]:
-    """Return the least seconds of each part of the headline, in turns, each in its own process."""
-    with ExitStack() as stack:
-        pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in HEADLINE]
-        works = [
-            lambda name=name, pool=pool: pool.submit(measure, name).result()
-            for name, pool in zip(HEADLINE, map(stack.enter_context, pools), strict=True)
-        ]
-        return dict(zip(HEADLINE, least_seconds("steps", *works), strict=True))
+    return 2 * size**3 / least_seconds(matrix_product=lambda: a @ b)["matrix_product"]
 
 
 def headline() -> dict:
     """Measure the step and the loop, at the size of the headline figures."""
+    seconds = least_seconds(plain=steps_of(plain=True), memory_not_kept=steps_of())
+    pets.keep_freed_memory()  # which can't be undone
+    seconds |= least_seconds(step=steps_of(), muon_step=steps_of(MUON=True), loop=epoch())
+    each = {name: STEPS * BATCH / least for name, least in seconds.items()}
     forward = sum(s.flops for s in pets.analyse_shapes(pets.UNet(PLAIN.BASE_CHANNELS), SIDE))
-    each = {name: STEPS * BATCH / seconds for name, seconds in in_turns().items()}
     return {
         "precision": NAME,
         **{f"{name}_images_per_second": value for name, value in each.items()},
@@ -159,43 +112,15 @@ def headline() -> dict:
     }
 
 
-def grow(name: str) -> dict:
-    """Measure seconds as one thing grows and the rest stays, and the slope of their logs."""
-    sizes, *_ = GROWING[name]
-    epochs = [epoch(**{name: size}) for size in sizes]
-    seconds = least_seconds(f"cost by {name}", *(partial(seconds_of, one) for one in epochs))
-    slope, _ = np.polyfit(np.log(sizes[1:]), np.log(seconds[1:]), 1)  # the smallest: overhead
-    return {"sizes": sizes, "seconds": seconds, "slope": float(slope)}
-
-
-def plot_growth(measured: dict[str, dict]) -> plt.Figure:
-    """Plot seconds by size, and the expected slope through the largest, on logarithmic axes."""
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), sharey=True, layout="constrained")
-    for axes, (name, line) in zip(panels, measured.items(), strict=True):
-        _, slope, label = GROWING[name]
-        sizes, seconds = np.array(line["sizes"]), line["seconds"]
-        expected = seconds[-1] * (sizes / sizes[-1]) ** slope
-        axes.loglog(sizes, expected, ":", color="grey", label=f"expected, slope {slope}")
-        told = f"measured, slope {line['slope']:.1f}"
-        axes.loglog(sizes, seconds, "o-", color=pets.GREEN, label=told)
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
-        axes.set(xlabel=label, ylabel="seconds" if name == "side" else None)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    return figure
-
-
 def table(*measured: dict) -> str:
     """Return the headline figures as Markdown, a column a machine, none rounded in our favour."""
-    columns = []
+    columns = {}
     for one in measured:
         plain, step, muon, loop = (
             one[f"{name}_images_per_second"] for name in ("plain", "step", "muon_step", "loop")
         )
         products = one["matrix_product_gflops"]
-        columns.append({
-            "computed in": one["precision"],
+        columns[one["precision"]] = {
             "plain step, images a second": cut(plain, 2),
             "this project's step, images a second": cut(step, 2),
             "the step with Muon, images a second": cut(muon, 2),
@@ -208,26 +133,19 @@ def table(*measured: dict) -> str:
             "the step against the faster product":
                 f"{cut(100 * one['step_gflops'] / max(products.values()), 0)} %",
             "share of the training loop that is no step": f"{100 * (1 - loop / step):.1f} %",
-        })  # fmt: skip
-    head, *rows = ([name, *(column[name] for column in columns)] for name in columns[0])
-    return markdown(head, rows)
+        }  # fmt: skip
+    shown = pd.DataFrame(columns).rename_axis("computed in").reset_index()
+    return markdown(shown.to_dict("records"))
 
 
 def main() -> None:
     """Measure, print, and write."""
-    threads, folder = torch.get_num_threads(), pets.ROOT / "runs" / "bench"
+    threads = torch.get_num_threads()
     print(f"measuring on {DEVICE} with {threads} threads; keep the machine quiet")
-    result = {"machine": platform.machine(), "threads": threads, "torch": torch.__version__}
-    result["headline"] = headline()
+    machine = {"machine": platform.machine(), "threads": threads, "torch": torch.__version__}
+    result = machine | {"headline": headline()}
     print(table(result["headline"]))
-    pets.keep_freed_memory()
-    result["growth"] = {name: grow(name) for name in GROWING}
-    for name, line in result["growth"].items():
-        print(f"cost by {name:10} slope {line['slope']:.1f}, expected {GROWING[name][1]}")
-    write_json(folder / f"throughput_{NAME}.json", result)
-    figure = plot_growth(result["growth"])
-    picture = folder / "cost.png"
-    pets.write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_json(pets.ROOT / "runs" / "bench" / f"throughput_{NAME}.json", result)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m figures.make_figures          photographs the notebook as a reader sees it
     python -m figures.make_figures FOLDER   draws result.png from notebooks/oxford_run
 
-FOLDER holds oxford-iiit-pet. `make bench` draws cost.png, and the kept run itself history.png.
+FOLDER holds oxford-iiit-pet. The kept run itself draws history.png.
 """
 
 import io

@@ -2,11 +2,9 @@
 
 import json
 import re
+import runpy
 import shutil
-import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from damage import damage
 
 import petseg_utils as pets
 from experiments import score, studies, sweep, throughput
-from experiments.command import as_script
 from experiments.compare import group_runs
 from experiments.read_runs import check_run, find_runs, read_table
 from experiments.tables import cut
@@ -84,7 +81,6 @@ def test_written_results_read_back_with_the_interval_of_each_gain(tmp_path):
     assert rows["gain_low"].iloc[1] < rows["gain_high"].iloc[1]
     again = read_table(tmp_path / "table.csv")
     assert again[0].row == pytest.approx(runs[0].row | {"name": "base_seed_0"}, abs=1e-6)
-    assert again[1].recipe == template.recipe
 
 
 def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(
@@ -94,13 +90,10 @@ def test_a_table_that_is_kept_is_replaced_only_by_a_whole_one(
     shutil.copy(studies.GRIDS["ablations"], tmp_path)
     table = tmp_path / "ablations.csv"
     table.write_text("kept")
-    outcomes = [
-        {"run": KEPT.name, "outcome": "made", "why": ""},
-        {"run": "x", "outcome": "failed", "why": "no disk"},
-    ]
+    failed = {"run": "x", "outcome": "failed", "why": "no disk"}
+    made = failed | {"run": KEPT.name, "outcome": "made"}
     monkeypatch.setattr(studies, "GRIDS", {"ablations": tmp_path / "ablations.json"})
-    monkeypatch.setattr(sweep, "make_runs", lambda runs, cluster: outcomes)
-    monkeypatch.setattr(studies, "find_runs", lambda folders: ([], []))
+    monkeypatch.setattr(sweep, "make_runs", lambda runs, cluster: [made, failed])
     with complains("the kept table stays"):
         studies.main("ablations", str(tmp_path))
     assert "failed x: no disk" in capsys.readouterr().out
@@ -122,28 +115,24 @@ def test_the_peer_trains_by_the_recipe_that_it_records():
     assert result["parameters"] == sum(p.numel() for p in net.parameters())
 
 
-def test_steps_are_measured_in_turns_in_a_process_each(monkeypatch):
-    """What keeps freed memory must not be in the process of the plain step: here, threads."""
-    order = []
-
-    def measure(name: str) -> int:
-        order.append((name, threading.get_ident()))
-        return len(order)
-
-    monkeypatch.setattr(throughput, "measure", measure)
-    monkeypatch.setattr(throughput, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    seconds = throughput.in_turns()
-    names = list(throughput.HEADLINE)
-    assert [name for name, _ in order] == names * 6
-    assert len(set(order)) == len({thread for _, thread in order}) == len(names)
-    assert seconds["plain"] == len(names) + 1  # the least after the round that warms up
-    assert [n for n in names if not throughput.HEADLINE[n][0]] == ["plain", "memory_not_kept"]
+def test_steps_take_turns_and_those_that_keep_no_freed_memory_come_first(monkeypatch):
+    events = []
+    monkeypatch.setattr(pets, "keep_freed_memory", lambda: events.append("kept"))
+    monkeypatch.setattr(throughput, "steps_of", lambda **changes: changes)
+    monkeypatch.setattr(throughput, "epoch", lambda: "loop")
+    monkeypatch.setattr(throughput, "matrix_product", lambda _: 1e9)
+    monkeypatch.setattr(throughput, "seconds_of", lambda work: events.append(work) or len(events))
+    measured = throughput.headline()
+    assert events == [{"plain": True}, {}] * 6 + ["kept"] + [{}, {"MUON": True}, "loop"] * 6
+    # The least is that of the third measurement, after the round that warms up.
+    assert measured["plain_images_per_second"] == throughput.STEPS * throughput.BATCH / 3
 
 
 # ----------------------------------------------------------------------------------------- score.py
 
 
 METRICS = "metrics.json"
+USAGE = "python -m experiments.score FOLDER [RUN]"
 DAMAGED = {  # beside what compare_runs.ipynb refuses as well, in test_compare.py
     "a parameter missing": ('"SKIPS": true,', ""),
     "a stranger among them": ('"SKIPS": true,', '"SKIPS": true, "EPOCH": 3,'),
@@ -196,27 +185,20 @@ def test_a_file_that_is_none_is_refused_in_a_sentence_before_the_work(
     refuses()
 
 
-@pytest.mark.parametrize(
-    "arguments", [("nowhere",), ("x" * 300,), (".", "nowhere"), (".", "README.md")]
-)
+@pytest.mark.parametrize("arguments", [("x" * 300,), (".", "nowhere"), (".", "README.md")])
 def test_a_wrong_folder_ends_in_a_sentence(arguments, complains):
     with complains():
         score.main(*arguments)
 
 
-def test_a_script_ends_a_mistake_in_a_line_and_with_1():
-    command = [sys.executable, "-m", "experiments.score", "README.md"]
-    done = subprocess.run(command, cwd=pets.ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
-    assert line.endswith(".")
-
-
-@pytest.mark.parametrize("arguments", [(), (".", ".", ".")])
-def test_wrong_usage_shows_the_usage(arguments, monkeypatch):
+@pytest.mark.parametrize(("arguments", "told"), [
+    ([], USAGE), ([".", ".", "."], USAGE), (["nowhere"], "there is no dataset at "),
+])  # fmt: skip
+def test_the_script_ends_with_its_usage_or_a_sentence(arguments, told, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["score", *arguments])
-    with pytest.raises(SystemExit, match=re.escape("python -m experiments.score FOLDER [RUN]")):
-        as_script(score.main, score.__doc__)
+    monkeypatch.delitem(sys.modules, "experiments.score")
+    with pytest.raises(SystemExit, match=re.escape(told)):
+        runpy.run_module("experiments.score", run_name="__main__")
 
 
 def test_weights_are_scored_again(run_copy, sample, capsys):
@@ -231,10 +213,9 @@ def test_weights_are_scored_again(run_copy, sample, capsys):
     assert 0.2 < now < 1
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "words"),
-    [(0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01")],
-)
+@pytest.mark.parametrize(("value", "digits", "words"), [
+    (0.29, 2, "0.29"), (89.709, 2, "89.70"), (0.5, 0, "0"), (-0.001, 2, "-0.01"),
+])  # fmt: skip
 def test_cut_never_rounds_up(value, digits, words):
     assert cut(value, digits) == words
 
