@@ -121,8 +121,7 @@ def keep(seen: Seen, name: str, content: dict, hiding: set[str]) -> None:
         if callable(value) or isinstance(value, (staticmethod, classmethod, property, ModuleType))
     ]
     functions = [(some, parts(some)) for _, value in kept for some in plain(value)]
-    hiding = hiding.difference(content)
-    seen.spaces.append(Space(name, content, kept, functions, hiding))
+    seen.spaces.append(Space(name, content, kept, functions, hiding.difference(content)))
 
 
 def look_at_tests(seen: Seen, items: list) -> None:
@@ -195,9 +194,8 @@ def state(path: str) -> tuple:
 def changed(seen: Seen) -> str:
     """Return the name of something that is no longer what it was, or nothing."""
     for space in seen.spaces:
-        get = space.content.get
         for key, value in space.kept:
-            if get(key) is not value:
+            if space.content.get(key) is not value:
                 return f"{space.name}.{key}"
         for function, was in space.functions:
             if parts(function) != was:
