@@ -405,8 +405,7 @@ def tell_once(graded: Grade, imported: bool) -> Grade:
     """Tell once what is the reason of many criteria; who changes what judges gets nothing."""
     results, notes, _ = graded
     if tampered := [r.why for r in results if r.why.startswith(CHANGES)]:
-        nothing = [r._replace(passed=False, why=tampered[0]) for r in results]
-        return graded._replace(results=nothing)
+        return graded._replace(results=[r._replace(passed=False, why=tampered[0]) for r in results])
     if not imported:
         why = next(r.why for r in results if not r.criterion.notebook)
         error = why.partition("loaded: ")[2] or why

@@ -53,11 +53,9 @@ def test_rubric_has_a_hundred_points_and_every_criterion_a_sentence():
 
 def test_grader_names_the_test_that_the_rubric_has_and_nobody_wrote():
     tests = [OF_MODULE[0].tests[0], "tests/test_scores.py::test_nothing"]
-    program = (
-        f"from grading.grade import *; prepare(); expected_tests([Criterion('a', 1, '', {tests})])"
-    )
+    count = f"prepare(); expected_tests([Criterion('a', 1, '', {tests})])"
     wanted = "rubric.toml names tests/test_scores.py::test_nothing, which is not there."
-    assert run("-c", program).stderr.strip() == wanted
+    assert run("-c", f"from grading.grade import *; {count}").stderr.strip() == wanted
 
 
 def test_every_criterion_has_a_mutant_and_mutants_are_many():
