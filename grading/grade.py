@@ -30,10 +30,9 @@ from grading.sandbox import Job, Outcome, report, run_jobs
 ROOT = Path(__file__).resolve().parent.parent
 MODULE, NOTEBOOK = Path("petseg_utils.py"), Path("notebooks/pet_segmentation.ipynb")
 HEAVY = (
-    *("matplotlib.pyplot", "pydantic.main", "sklearn.metrics"),
-    *("torchvision.datasets", "torchvision.transforms.v2"),
-)
-CANARY = Path("grading/canary.py")
+    "matplotlib.pyplot", "pydantic.main", "sklearn.metrics",
+    "torchvision.datasets", "torchvision.transforms.v2",
+)  # fmt: skip
 OWN_FOLDERS = ("tests", "grading", "support", "shapes")  # nothing in them is handed in
 UNWRITTEN = re.compile(r"NotImplementedError: Write ([\w.]+): (.*?)\.? \([\w/.]+::")
 CHANGES = "it changes what judges it"
@@ -74,9 +73,10 @@ class Criterion(NamedTuple):
         return self.id if self.seconds > LIMIT else "notebook" if self.notebook else "module"
 
 
-def join(name: str, criteria: list[Criterion], seconds: float) -> Criterion:
+def join(name: str, criteria: list[Criterion]) -> Criterion:
     """Return criteria of one kind as one, so that a single process judges them."""
     tests = [test for criterion in criteria for test in criterion.tests]
+    seconds = max(2 * LIMIT, *(criterion.seconds for criterion in criteria))
     return Criterion(name, 0, "", tests, criteria[0].notebook, seconds=seconds)
 
 
@@ -137,9 +137,8 @@ def read_hand_in(folder: Path) -> HandIn:
     """Return what a folder hands in; only the module and the notebook replace the grader's own."""
     if not any((folder / file).exists() for file in (MODULE, NOTEBOOK)):
         sys.exit(f"{folder} holds neither {MODULE} nor {NOTEBOOK}: name the folder of a hand-in.")
-    found = {*folder.glob("*.py"), *folder.glob("notebooks/*.py")}
-    for package in folder.glob("*/__init__.py"):
-        found |= set(package.parent.rglob("*.py"))
+    packages = [init.parent.rglob("*.py") for init in folder.glob("*/__init__.py")]
+    found = set(folder.glob("*.py")).union(folder.glob("notebooks/*.py"), *packages)
     places = [MODULE, NOTEBOOK]
     for path in sorted(path.relative_to(folder) for path in found):
         own = path.parts[0] in OWN_FOLDERS or (ROOT / path).exists() or path.name == "conftest.py"
@@ -165,8 +164,8 @@ def stage(folder: Path, files: Files) -> Path:
     """Write files into a new folder; beside a notebook, also what it finds there."""
     if NOTEBOOK in files:
         copy_around_notebooks(folder)
-        fonts = folder / ".matplotlib"  # the list of them takes kernels seconds to make
-        shutil.copytree(matplotlib.get_cachedir(), fonts)
+        # The list of fonts takes kernels seconds to make.
+        fonts = shutil.copytree(matplotlib.get_cachedir(), folder / ".matplotlib")
         os.environ["MPLCONFIGDIR"] = str(fonts)
     for target, content in files.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
@@ -176,13 +175,12 @@ def stage(folder: Path, files: Files) -> Path:
 
 # ---------------------------------------------------------- running pytest, in a process of its own
 
-
 OPTIONS = [
-    *("-c", "pyproject.toml", "-s", "-q", "--color=no", "-pno:cacheprovider"),
+    "-c", "pyproject.toml", "-s", "-q", "--color=no", "-pno:cacheprovider",
     "--tb=native",  # the others parse the module for every failure
     "-pno:unraisableexception",  # it collects garbage, for half a second
     "-pno:legacypath",  # it replaces functions of pytest
-]
+]  # fmt: skip
 
 
 class Reporter:
@@ -217,6 +215,8 @@ class Reporter:
             report(end)
         self.ends.clear()
 
+    pytest_sessionfinish = pytest_runtest_logfinish  # what can't be collected is told then
+
 
 def run_pytest(folder: Path, tests: list[str], *options: str, guarded: bool = True) -> None:
     """Run tests in a staged folder, guarded where it holds a module that was handed in."""
@@ -232,21 +232,16 @@ def run_pytest(folder: Path, tests: list[str], *options: str, guarded: bool = Tr
     for path in (folder / "tests").glob("*.py"):
         sys.modules.pop(path.stem, None)  # of the hand-in's, where the grader's will be imported
     report({"module handed in": module == folder / MODULE})
-    reporter = Reporter()
-    pytest.main([*OPTIONS, *options, *tests], plugins=[reporter])
-    for end in reporter.ends:
-        report(end)
+    pytest.main([*OPTIONS, *options, *tests], plugins=[Reporter()])
 
 
 def plain(why: str) -> str:
     """Return pytest's reason in the words of the rubric's tests: expected, found."""
     why = why.removeprefix("AssertionError: ").removeprefix("Failed: ")
-    if why.startswith("DID NOT RAISE "):
-        return f"expected an {why.removeprefix('DID NOT RAISE ')}, found none"
-    if why.startswith("assert "):
-        return f"expected a check to hold, found {why}"
-    error = re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", why)
-    return f"expected no error, found {why}" if error else why
+    why = re.sub("^DID NOT RAISE (.*)", r"expected an \1, found none", why)
+    why = re.sub("^(?=assert )", "expected a check to hold, found ", why)
+    error = r"^(?=[\w.]*(Error|Exception|Interrupt|Exit)\b)"
+    return re.sub(error, "expected no error, found ", why)
 
 
 def judge(criterion: Criterion, expected: list[str], outcome: Outcome) -> Result:
@@ -262,8 +257,7 @@ def judge(criterion: Criterion, expected: list[str], outcome: Outcome) -> Result
         why = f"{CHANGES}, {tampered[0]}: a teacher has to look at it"
     elif broken:
         why = f"the module or its tests can't be loaded: {broken[0]}"
-    elif failed := [verdicts[nodeid] for nodeid in expected if nodeid in verdicts]:
-        first = failed[0]
+    elif first := next((verdicts[nodeid] for nodeid in expected if nodeid in verdicts), None):
         kind = "" if first["outcome"] == "failed" else f"{first['outcome']}, "
         why = f"{kind}{plain(first['why'])} ({first['test']})"
     elif outcome.end == "killed":
@@ -294,9 +288,7 @@ def expected_tests(criteria: list[Criterion]) -> dict[str, list[str]]:
     if broken := [report["broken"] for report in reports if "broken" in report]:
         sys.exit(f"{ROOT / MODULE} or its tests can't be loaded: {broken[0]}")
     ids = next((report["collected"] for report in reports if "collected" in report), [])
-    found = {
-        test: [some for some in ids if test in (some, some.partition("[")[0])] for test in tests
-    }
+    found = {test: [id_ for id_ in ids if test in (id_, id_.partition("[")[0])] for test in tests}
     if absent := [test for test in tests if not found[test]]:
         sys.exit(f"rubric.toml names {absent[0]}, which is not there.")
     return {c.id: [nodeid for test in c.tests for nodeid in found[test]] for c in criteria}
@@ -342,7 +334,7 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion]) -> dict[str, 
 
     def work_on(c: Criterion) -> None:
         canary = Path("tests") / f"test_{secrets.token_hex(4)}.py"  # a name like any other
-        used = (own if c.notebook else of_module) | {canary: own[CANARY]}
+        used = (own if c.notebook else of_module) | {canary: own[Path("grading/canary.py")]}
         if c.notebook:
             stored = stage(folder / f"{c.id}-stored", files)
             os.environ |= {"GRADED_RUN": str(run), "GRADED_STORED": str(stored)}
@@ -358,10 +350,7 @@ def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion]) -> dict[str, 
 def attempt(
     hand_ins: list[tuple[HandIn, list[Criterion]]], seconds: float, workers: int = 4
 ) -> list[dict[str, Outcome]]:
-    """Judge hand-ins by criteria, side by side.
-
-    Returns for each the outcomes by criterion, and that of its notebook as "run".
-    """
+    """Return for each hand-in the outcomes by criterion, and that of its notebook as "run"."""
     workers = min(workers, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(prefix="grading-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary).resolve()
@@ -397,12 +386,8 @@ class Grade(NamedTuple):
 
 def grade(hand_in: HandIn, rubric: Rubric, expected: dict[str, list[str]], workers: int) -> Grade:
     """Grade a hand-in: what is quick in one process, and alone what failed there for its module."""
-    kinds = {}
-    for c in rubric.criteria:
-        kinds.setdefault(c.kind, []).append(c)
-    joined = [
-        join(kind, some, max(2 * LIMIT, *(c.seconds for c in some))) for kind, some in kinds.items()
-    ]
+    kinds = dict.fromkeys(c.kind for c in rubric.criteria)
+    joined = [join(kind, [c for c in rubric.criteria if c.kind == kind]) for kind in kinds]
     [ends] = attempt([(hand_in, joined)], rubric.seconds, workers)
     outcomes, whole = {c.id: ends[c.kind] for c in rubric.criteria}, ends["module"]
     imported = any("module handed in" in report for report in whole.reports)
@@ -420,8 +405,7 @@ def tell_once(graded: Grade, imported: bool) -> Grade:
     """Tell once what is the reason of many criteria; who changes what judges gets nothing."""
     results, notes, _ = graded
     if tampered := [r.why for r in results if r.why.startswith(CHANGES)]:
-        nothing = [r._replace(passed=False, why=tampered[0]) for r in results]
-        return graded._replace(results=nothing)
+        return graded._replace(results=[r._replace(passed=False, why=tampered[0]) for r in results])
     if not imported:
         why = next(r.why for r in results if not r.criterion.notebook)
         error = why.partition("loaded: ")[2] or why
@@ -473,8 +457,8 @@ def as_junit(results: list[Result]) -> bytes:
 
 def show(graded: Grade, hints: bool) -> None:
     """Print the rubric with what was got."""
-    for note in (*graded.notes, f"What the tests draw is GRADED_SEED={os.environ['GRADED_SEED']}."):
-        print(note)
+    seed = f"What the tests draw is GRADED_SEED={os.environ['GRADED_SEED']}."
+    print(*graded.notes, seed, sep="\n")
     for r in graded.results:
         verdict, c = "pass" if r.passed else "FAIL", r.criterion
         print(f"{verdict}  {r.points:2} of {c.points:2}  {c.id:14} {c.sentence}")
@@ -488,11 +472,10 @@ def write(out: Path, graded: Grade, seconds: float, digest: str = "") -> None:
     """Write grade.json, grade.md and junit.xml into a folder; `digest` says what was graded."""
     content = {key: getattr(graded, key) for key in ("points", "of", "pass_mark", "passed")}
     content |= {"seconds": seconds, "digest": digest, "notes": graded.notes}
-    content["criteria"] = [
-        {**r.criterion._asdict(), "passed": r.passed, "got": r.points}
-        | {"why": r.why, "took": r.seconds}
-        for r in graded.results
-    ]
+    content["criteria"] = []
+    for r in graded.results:
+        got = {"passed": r.passed, "got": r.points, "why": r.why, "took": r.seconds}
+        content["criteria"].append(r.criterion._asdict() | got)
     out.mkdir(parents=True, exist_ok=True)
     (out / "grade.md").write_text(as_markdown(graded), encoding="utf-8")
     (out / "junit.xml").write_bytes(as_junit(graded.results))

@@ -18,27 +18,20 @@ from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import NamedTuple
 
 REPORT, START = "grading.report", "grading.start"
-WHOLE = (
-    "__main__",
-    "pytest",
-    "_pytest",
-    "pluggy",
-    "grading",
-)  # packages of which everything judges
+# fmt: off
+WHOLE = ("__main__", "pytest", "_pytest", "pluggy", "grading")  # packages that judge as a whole
 FUNCTIONS = (  # modules of which the functions judge
-    *("builtins", "json", "math", "os", "posixpath", "re", "sys"),
-    *("numpy", "numpy.testing", "sklearn.metrics"),
-    *("torch", "torch.nn.functional", "torch.testing"),
+    "builtins", "json", "math", "os", "posixpath", "re", "sys",
+    "numpy", "numpy.testing", "sklearn.metrics",
+    "torch", "torch.nn.functional", "torch.testing",
 )
 CLASSES = {
-    "torch": ("Tensor",),
-    "torch.nn": ("Module", "Conv2d", "BatchNorm2d"),
-    "pathlib": ("Path",),
+    "pathlib": ["Path"], "torch": ["Tensor"], "torch.nn": ["BatchNorm2d", "Conv2d", "Module"],
 }
 SPYING = {  # no right hand-in does this
-    *("gc.get_objects", "gc.get_referents", "gc.get_referrers"),
-    *("sys.setprofile", "sys.settrace"),
+    "gc.get_objects", "gc.get_referents", "gc.get_referrers", "sys.setprofile", "sys.settrace",
 }
+# fmt: on
 
 
 class Space(NamedTuple):
@@ -46,7 +39,6 @@ class Space(NamedTuple):
 
     name: str
     content: dict
-    size: int
     kept: list[tuple[str, object]]
     functions: list[tuple[FunctionType, tuple]]
     hiding: set[str]
@@ -113,7 +105,7 @@ def look(folder: str) -> Seen:
         for some in classes:
             keep(seen, f"{name}.{some.__name__}", vars(some), names_of(some.__mro__[1:]))
     modules = {name: sys.modules[name] for name in (*FUNCTIONS, *WHOLE) if name in sys.modules}
-    seen.spaces.append(Space("sys.modules", sys.modules, 0, list(modules.items()), [], set()))
+    seen.spaces.append(Space("sys.modules", sys.modules, list(modules.items()), [], set()))
     for space in seen.spaces:
         if space.name.partition(".")[0] in WHOLE:
             for function, (code, *_) in space.functions:
@@ -129,8 +121,7 @@ def keep(seen: Seen, name: str, content: dict, hiding: set[str]) -> None:
         if callable(value) or isinstance(value, (staticmethod, classmethod, property, ModuleType))
     ]
     functions = [(some, parts(some)) for _, value in kept for some in plain(value)]
-    hiding = hiding.difference(content)
-    seen.spaces.append(Space(name, content, len(content), kept, functions, hiding))
+    seen.spaces.append(Space(name, content, kept, functions, hiding.difference(content)))
 
 
 def look_at_tests(seen: Seen, items: list) -> None:
@@ -203,14 +194,13 @@ def state(path: str) -> tuple:
 def changed(seen: Seen) -> str:
     """Return the name of something that is no longer what it was, or nothing."""
     for space in seen.spaces:
-        get = space.content.get
         for key, value in space.kept:
-            if get(key) is not value:
+            if space.content.get(key) is not value:
                 return f"{space.name}.{key}"
         for function, was in space.functions:
             if parts(function) != was:
                 return f"{space.name}.{function.__name__}"
-        if len(space.content) != space.size and (new := space.hiding.intersection(space.content)):
+        if new := space.hiding.intersection(space.content):
             return f"{space.name}.{min(new)}"
     for name, hooks, was in seen.hooks:
         if len(hooks) != len(was) or any(a is not b for a, b in zip(hooks, was, strict=True)):

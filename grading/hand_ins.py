@@ -7,7 +7,6 @@ graded again only if the hand-in, the rubric or the grader has changed since.
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import tempfile
 import time
@@ -89,9 +88,8 @@ def grade_class(folder: Path, out: Path | None, rubric: grader.Rubric) -> str | 
     work = partial(grade_one, rubric, grader.expected_tests(rubric.criteria), out.absolute())
     start, note, fork = time.monotonic(), "", multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="class-", ignore_cleanup_errors=True) as temporary:
-        workers = min(os.cpu_count() or 1, len(folders))
         try:
-            with fork.Pool(workers, start_worker, (temporary,)) as pool:
+            with fork.Pool(None, start_worker, (temporary,)) as pool:
                 results = pool.imap_unordered(work, folders)
                 for new in tqdm(results, "hand-ins", len(folders), disable=False):
                     graded.append(new)
@@ -104,4 +102,3 @@ def grade_class(folder: Path, out: Path | None, rubric: grader.Rubric) -> str | 
         f"{graded.count(True)} of {len(folders)} hand-ins graded in {minutes:.1f} min, "
         f"{kept} unchanged since they were graded. See {out / 'grades.csv'}.{note}"
     )
-    return None

@@ -14,12 +14,9 @@ from typing import NamedTuple
 import nbformat
 
 from grading import grade as grader
-from grading.grade import MODULE, NOTEBOOK, ROOT, Criterion, Files, Result
+from grading.grade import MODULE, NOTEBOOK, ROOT, Criterion, HandIn, Result
 
-MOST_SECONDS = 1800
-LIMIT_OF_ALL = 120
 LIMIT = 30  # for a module's criterion: a mutant that hangs is seen sooner than a hand-in
-UNSEEN = {"outputs"}  # of a harmless variant: its stored outputs are those of another notebook
 BORDER = "\n#%%\n"  # between the cells of a notebook
 
 
@@ -66,29 +63,32 @@ def lost_texts(chosen: list[Mutant]) -> list[str]:
     ]
 
 
-def hand_in_of(mutant: Mutant) -> Files:
-    """Return the project's module and notebook, one of them as the mutant has it."""
+def hand_in_of(mutant: Mutant) -> HandIn:
+    """Return the project's module or notebook as the mutant has it."""
     source = sources()[mutant.kind]
     for old, new in mutant.changes:
         source = source.replace(old, new)
     if mutant.append:
         source = f"{source}\n\n{mutant.append}"
     if mutant.kind == "module":
-        return {MODULE: source.encode(), NOTEBOOK: (ROOT / NOTEBOOK).read_bytes()}
+        return HandIn({MODULE: source.encode()})
     notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
     for cell, text in zip(notebook.cells, source.split(BORDER), strict=True):
         cell.source = text
     exec(mutant.mark, {"cells": [c for c in notebook.cells if c.cell_type == "code"]})
-    return {NOTEBOOK: nbformat.writes(notebook).encode()}
+    shared = "" if mutant.changes else "as it is"  # other outputs, the same code
+    return HandIn({NOTEBOOK: nbformat.writes(notebook).encode()}, shared)
 
 
 def criteria() -> dict[str, Criterion]:
     """Return the criteria by id, and the whole module's and the whole notebook's, each as one."""
     rows = grader.read_rubric().criteria
     every = {c.id: c if c.notebook else c._replace(seconds=LIMIT) for c in rows}
-    for kind in ("module", "notebook"):
-        some = [c for c in rows if c.notebook == (kind == "notebook") and c.id not in UNSEEN]
-        every[f"all of the {kind}"] = grader.join(f"all of the {kind}", some, LIMIT_OF_ALL)
+    of_module = [c for c in rows if not c.notebook]
+    # The outputs that a harmless variant stores are those of another notebook.
+    of_notebook = [c for c in rows if c.notebook and c.id != "outputs"]
+    every["all of the module"] = grader.join("all of the module", of_module)
+    every["all of the notebook"] = grader.join("all of the notebook", of_notebook)
     return every
 
 
@@ -98,11 +98,8 @@ def judge_mutants(chosen: list[Mutant]) -> list[Result]:
     rubric = criteria()
     expected = grader.expected_tests(list(rubric.values()))
     judged = [rubric[mutant.criterion or f"all of the {mutant.kind}"] for mutant in chosen]
-    hand_ins = []
-    for mutant, criterion in zip(chosen, judged, strict=True):
-        shared = "" if mutant.changes else "as it is"  # other outputs, the same code
-        hand_ins.append((grader.HandIn(hand_in_of(mutant), shared), [criterion]))
-    outcomes = grader.attempt(hand_ins, MOST_SECONDS)
+    hand_ins = [(hand_in_of(mutant), [c]) for mutant, c in zip(chosen, judged, strict=True)]
+    outcomes = grader.attempt(hand_ins, seconds=1800)
     return [
         grader.judge(c, expected[c.id], outcome[c.id])
         for c, outcome in zip(judged, outcomes, strict=True)

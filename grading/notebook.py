@@ -19,25 +19,23 @@ RUN = "graded"
 WEIGHTS = Path("runs") / RUN / "weights.pt"
 PICTURES = {"trainval": 330, "test": 80}  # more than LIMIT, which has to be obeyed
 PLACES = {"DATA_DIR": "data", "DEVICE": "cpu", "PHOTO": "", "DOWNLOAD": False, "RESUME": False}
-PARAMETERS = {  # all that say where, on what and what is scored; how to train is the learner's
-    **PLACES,
-    **{"DATASET": "sample", "LIMIT": 320, "HOLD_OUT": 0.15, "RUN_NAME": RUN, "SEED": 3},
-    **{"IMAGE_SIZE": 32, "SCORE_SIZE": 48, "MASK_RESIZE": "nearest", "FLIP": True},
-    **{"BASE_CHANNELS": 8, "DEPTH": 4, "NORMS": 1, "SKIPS": True},
-    **{"EPOCHS": 6, "SMALL_EPOCHS": "", "BATCH_SIZE": 16, "PRECISION": "float32"},
+# All that say where, on what and what is scored; how to train is the learner's.
+PARAMETERS = PLACES | {
+    "DATASET": "sample", "LIMIT": 320, "HOLD_OUT": 0.15, "RUN_NAME": RUN, "SEED": 3,
+    "IMAGE_SIZE": 32, "SCORE_SIZE": 48, "MASK_RESIZE": "nearest", "FLIP": True,
+    "BASE_CHANNELS": 8, "DEPTH": 4, "NORMS": 1, "SKIPS": True,
+    "EPOCHS": 6, "SMALL_EPOCHS": "", "BATCH_SIZE": 16, "PRECISION": "float32",
     "AUGMENT": 0.0,  # so that the images that a net sees are known again
-}
+}  # fmt: skip
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python 3"}
 NBVAL_COMMENT = re.compile(r"^\s*#\s*(NBVAL|PYTEST_VALIDATE)_\w+\s*$", re.MULTILINE)
 AS_DRAWN = """
-
 draw_anew = draw_sample_pets
-
 
 def draw_sample_pets(root, *given, **named):
     return draw_anew(root, *given, **named) if given or named else Path({!r})
 """
-SPY = "import sys\nsys.path.insert(0, '../grading')\nsys.path.insert(0, 'grading')\nimport spy"
+SPY = "import grading.spy"
 
 
 def read(path: Path) -> NotebookNode:
@@ -135,9 +133,8 @@ def sketching(folder: Path) -> Path:
 def quiz_of(path: Path) -> str:
     """Return how many answers of the quiz are right in an executed notebook."""
     cells = nbformat.read(path, as_version=4).cells
-    answers = re.findall(r"^(?:right: |\d+: )(.+)$", "\n".join(map(printed, cells)), re.MULTILINE)
-    right = sum(answer in ("True", "right") for answer in answers)
-    return f"Of {len(answers)} answers of the quiz {right} are right."
+    answers = re.findall(r"^\d+: (.+)$", "\n".join(map(printed, cells)), re.MULTILINE)
+    return f"Of {len(answers)} answers of the quiz {answers.count('right')} are right."
 
 
 def mark_the_last(path: str) -> None:
@@ -148,7 +145,7 @@ def mark_the_last(path: str) -> None:
     """
     notebook = nbformat.read(path, as_version=4)
     last = [cell for cell in notebook.cells if cell.metadata.papermill.start_time][-1]
-    told = {"ename": "DeadKernelError", "evalue": "the cell ended its kernel", "traceback": []}
+    told = {"ename": "DeadKernelError", "evalue": "the cell ended its kernel"}
     last.outputs.append(nbformat.v4.new_output("error", **told))
     nbformat.write(notebook, path)
 

@@ -52,13 +52,10 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a job reported, and how it ended.
-
-    That is 'finished', 'stopped' (by itself, too early), or 'killed' (by a limit).
-    """
+    """What a job reported, and how it ended."""
 
     reports: list[dict]
-    end: str
+    end: str  # 'finished', 'stopped' (by itself, too early), or 'killed' (by a limit)
     seconds: float
 
 
@@ -252,8 +249,7 @@ def run_jobs(jobs: list[Job], workers: int, seconds: float) -> dict[str, Outcome
             left = max(0.0, seconds - (time.monotonic() - start) / slowness())
             running.append(Child(job._replace(seconds=min(job.seconds, left))))
         for child in list(running):
-            outcome = child.poll()
-            if outcome:
+            if outcome := child.poll():
                 outcomes[child.job.name] = outcome
                 running.remove(child)
         time.sleep(0.02)

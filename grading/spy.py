@@ -4,10 +4,8 @@ A cell of the grader's imports this before all others.
 """
 
 import functools
-import importlib
 import json
 import os
-import sys
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -16,15 +14,12 @@ from IPython import get_ipython
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
-petseg_utils = importlib.import_module("petseg_utils")
-assert Path(petseg_utils.__file__).parent == HERE, (
-    f"another module is in the way: {petseg_utils.__file__}"
-)
-grader = importlib.import_module("grading.notebook")
-names_in_use = importlib.import_module("support.runs").names_in_use
+import petseg_utils
+from grading import notebook as grader
+from support.runs import names_in_use
 
+HERE = Path(__file__).resolve().parent.parent
+assert Path(petseg_utils.__file__).parent == HERE, f"{petseg_utils.__file__} is in the way"
 WEIGHTS = HERE / grader.WEIGHTS
 NOTES = os.open(HERE / "seen.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 evaluate = petseg_utils.evaluate

@@ -30,9 +30,9 @@ OF_MODULE = read_rubric(quick=True).criteria
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
-def run(module: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run one of the grader's programs."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -53,12 +53,9 @@ def test_rubric_has_a_hundred_points_and_every_criterion_a_sentence():
 
 def test_grader_names_the_test_that_the_rubric_has_and_nobody_wrote():
     tests = [OF_MODULE[0].tests[0], "tests/test_scores.py::test_nothing"]
-    program = (
-        f"from grading.grade import *; prepare(); expected_tests([Criterion('a', 1, '', {tests})])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    count = f"prepare(); expected_tests([Criterion('a', 1, '', {tests})])"
     wanted = "rubric.toml names tests/test_scores.py::test_nothing, which is not there."
-    assert done.stderr.strip() == wanted
+    assert run("-c", f"from grading.grade import *; {count}").stderr.strip() == wanted
 
 
 def test_every_criterion_has_a_mutant_and_mutants_are_many():
@@ -73,7 +70,7 @@ def test_every_criterion_has_a_mutant_and_mutants_are_many():
 
 
 def test_sample_of_the_mutants_is_judged_rightly():
-    done = run("grading.mutate", "--sample")
+    done = run("-m", "grading.mutate", "--sample")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("\nok") > 15
 
@@ -92,12 +89,6 @@ ATTACKS = {
     "replaces pytest": (
         "import pytest, _pytest.python\npytest.main = lambda *_, **__: 0\n"
         "_pytest.python.Function.runtest = lambda self: None\n",
-        "_pytest.python.Function.runtest",
-    ),
-    "runs only canaries": (
-        "import _pytest.python\nreal = _pytest.python.Function.runtest\n"
-        "_pytest.python.Function.runtest = lambda item: None if hasattr(item.module, 'pets') or "
-        "'rubric' in item.nodeid or 'scores' in item.nodeid else real(item)\n",
         "_pytest.python.Function.runtest",
     ),
     "finds the reporter in the stack": (
@@ -223,7 +214,7 @@ def hand_ins(source, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def graded(hand_ins) -> dict[str, dict]:
     """Return grades.csv of that class, graded once, line by line."""
-    done = run("grading", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
+    done = run("-m", "grading", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
     assert done.returncode == 0, done.stderr
     count = len(list(hand_ins.iterdir()))
     assert f"{count} of {count} hand-ins graded" in done.stdout
@@ -276,7 +267,7 @@ def test_what_cannot_be_graded_is_told_once(hand_ins, graded, name, reason):
 def test_class_is_graded_again_only_where_something_changed(hand_ins, graded):
     module = hand_ins / "replaces pytest" / "petseg_utils.py"
     module.write_text("import another_package\n", encoding="utf-8")
-    done = run("grading", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
+    done = run("-m", "grading", "--quick", "--hand-ins", hand_ins, "--out", hand_ins.parent / "out")
     unread = {"a link", "nothing"}  # whose files can't be compared
     assert f"{1 + len(unread)} of {len(graded)} hand-ins graded" in done.stdout
     text = (hand_ins.parent / "out" / "grades.csv").read_text(encoding="utf-8")
@@ -316,7 +307,7 @@ def test_interrupted_class_keeps_what_is_done(tmp_path):
     ],
 )
 def test_what_to_grade_is_asked_for_in_a_sentence(arguments, said):
-    done = run("grading", "--quick", *arguments)
+    done = run("-m", "grading", "--quick", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(said)
 
@@ -385,15 +376,11 @@ def test_sandbox_ends_what_forks_hides_floods_or_spills(tmp_path):
     """Each job is killed with all that it started, and the grader goes on to the next."""
     if subprocess.run(["unshare", "-rpf", "true"], capture_output=True).returncode != 0:
         pytest.skip("this system lends no namespaces: what leaves its group isn't found here")
-    (tmp_path / "hostile.py").write_text(HOSTILE, encoding="utf-8")
-    (tmp_path / "own").mkdir()
-    command = [sys.executable, str(tmp_path / "hostile.py"), str(tmp_path / "own")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run("-c", HOSTILE, tmp_path)
     ends = ["bomb killed True True", "flood killed True False", "hide killed True True"]
     ends += ["neighbour finished True True", "spill killed True True"]
     assert done.stdout.splitlines() == ends, done.stderr
-    running = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == command]
+    running = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == done.args]
     _, alive = psutil.wait_procs(running, timeout=60)  # Linux takes a moment to bury thousands
     assert alive == []
 
@@ -402,29 +389,26 @@ def test_sandbox_ends_what_forks_hides_floods_or_spills(tmp_path):
 
 
 def test_student_edition_keeps_docstrings_and_loses_bodies(source):
-    def functions(text: str) -> list[ast.FunctionDef]:
-        return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    def docstrings(text: str) -> set[str | None]:
+        functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+        return set(map(ast.get_docstring, functions))
 
-    whole, cut = functions(source), functions(without_bodies(source, TO_WRITE))
-    ends = [node.body[-1] for node in cut]
-    told = [end for end in ends if isinstance(end, ast.Raise) and "Write " in ast.unparse(end)]
-    assert len(told) == len(TO_WRITE)
-    kept = [ast.get_docstring(node) for node in cut]
-    assert all(text in kept for node in whole if (text := ast.get_docstring(node)))
+    cut = without_bodies(source, TO_WRITE)
+    told = re.findall(r"^ +raise NotImplementedError\(\n +\"Write (.+?):", cut, re.MULTILINE)
+    assert sorted(told) == sorted(TO_WRITE)
+    assert docstrings(cut) >= docstrings(source)
     assert without_bodies(source, []) == source
 
 
 def test_score_rises_function_by_function():
     """From at most 10 % for the edition to all points, as bodies are put back."""
-    done = run("grading.student", "--prove")
-    names, points = list(TO_WRITE), list(map(int, done.stdout.split()))
-    most = sum(c.points for c in OF_MODULE)
-    assert len(points) == len(names) + 1, done.stderr
+    done = run("-m", "grading.student", "--prove")
+    points, most = list(map(int, done.stdout.split())), sum(c.points for c in OF_MODULE)
+    assert len(points) == len(TO_WRITE) + 1, done.stderr
     assert points[0] <= 0.1 * most
     assert points[-1] == most
-    rises = [after - before for before, after in pairwise(points)]
-    assert min(rises) >= 0, points
-    idle = {name for name, rise in zip(names, rises, strict=True) if rise == 0}
+    assert sorted(points) == points
+    idle = {name for name, (a, b) in zip(TO_WRITE, pairwise(points), strict=True) if a == b}
     assert idle <= {"UNet.__init__"}, points  # a net without its forward pass can't be tried
 
 
@@ -442,7 +426,7 @@ def test_student_edition_is_complete_and_holds_no_grader(edition):
     names = {path.name for path in (folder / "grading").iterdir()}
     assert not names & {"mutate.py", "mutants.toml", "test_notebook.py"}
     assert not any(cell.outputs for cell in cells)
-    done = run("grading", "--quick", "--hints", cwd=folder)
+    done = run("-m", "grading", "--quick", "--hints", cwd=folder)
     assert "hint: " in done.stdout
     assert done.stdout.count("Write `conv_plus_conv` first: ") == 1
     assert int(re.search(r"^(\d+) of 80 points", done.stdout, re.MULTILINE)[1]) <= 8
@@ -456,9 +440,7 @@ def test_data_section_of_the_student_edition_runs(edition):
     assert first > 15
     script = "In = []\n" + "\n".join(code[:first]).replace("LIMIT: int = 0", "LIMIT: int = 50")
     script += "\nprint('the data section ran')\n" + code[first]
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True
-    )
+    done = run("-c", script, cwd=folder)
     assert "the data section ran" in done.stdout, done.stderr[-2000:]
     assert "NotImplementedError: Write UNet.__init__" in done.stderr
 
@@ -469,8 +451,7 @@ def test_data_section_of_the_student_edition_runs(edition):
 def test_workflows_validate_against_githubs_schema():
     assert len(WORKFLOWS) == 2
     schema = ["--builtin-schema", "vendor.github-workflows"]
-    command = [sys.executable, "-m", "check_jsonschema", *schema, *map(str, WORKFLOWS)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("-m", "check_jsonschema", *schema, *WORKFLOWS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -483,13 +464,11 @@ def test_commands_and_files_of_workflows_exist(path):
     for command in commands:
         words = [word for word in command.split() if "=" not in word]
         if words[0] == "make":
-            target = words[-1]
-            assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), command
+            assert f"\n{words[-1]}: " in makefile, command
             names = re.findall(r"(\w+)=", command)
             assert all(f"$({name})" in makefile for name in names), command
-        elif words[0].startswith(".venv/bin/"):
-            assert (Path(sys.executable).parent / Path(words[0]).name).exists(), command
         else:
-            assert shutil.which(words[0]), command
+            program = words[0].replace(".venv/bin", str(Path(sys.executable).parent))
+            assert shutil.which(program), command
     for name in re.findall(r"cache-dependency-path: (?:grader/)?(\S+)", text):
         assert (ROOT / name).exists()
