@@ -51,7 +51,8 @@ def names_in_use(model: nn.Module) -> list[str]:
     model = deepcopy(model).to("meta").eval()
     names: dict[str, None] = {}
     for prefix, part in model.named_modules():
-        own = {f"{prefix}.{name}": None for name in part.state_dict() if "." not in name}
+        own = [name for name in part.state_dict() if "." not in name]
+        own = {f"{prefix}.{name}".removeprefix("."): None for name in own}  # the net has no prefix
         part.register_forward_pre_hook(lambda *_, own=own: names.update(own))
     with torch.no_grad():
         model(torch.empty(1, 3, 256, 256, device="meta"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from course_unet import UNet as CourseUNet
 from tiny import TINY, new_net
+from torch import nn
 
 import petseg_utils
 from conftest import alike
@@ -132,3 +133,23 @@ def test_weights_are_loaded_into_a_net_with_other_names_which_gives_the_same(tmp
         load_weights(tmp_path / "weights.pt", net)
     images = torch.randn(2, 3, 16, 24)
     assert torch.equal(ours(images), theirs(images))
+
+
+class Scaled(nn.Module):
+    """A net that holds a tensor itself, beside its parts."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        setattr(self, part, nn.Conv2d(3, 3, 1))
+
+    def forward(self, x):
+        return self.scale * next(self.children())(x)
+
+
+def test_tensors_of_the_net_itself_have_names_too(tmp_path):
+    ours, theirs = Scaled("out"), Scaled("last")
+    save_weights(tmp_path / "weights.pt", ours)
+    for net in (ours, theirs):
+        load_weights(tmp_path / "weights.pt", net)
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
