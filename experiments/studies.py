@@ -8,9 +8,8 @@ FOLDER holds oxford-iiit-pet. NAME is one of these:
   `make sweep` makes them, here or on a Dask CLUSTER. NAME.csv keeps a line for each.
 - norm_statistics: the base is trained, and after every epoch the same averaged weights are scored
   twice on the held-out images, with statistics that training gathered and that were measured anew.
-- peer: segmentation_models_pytorch's Unet with a ResNet-18 encoder, about as large as ours, trains
+- peer: segmentation_models_pytorch's Unet with a ResNet-18 (experiments/requirements.txt) trains
   beside ours, from scratch, by the base's recipe at 32 base channels, with Muon and with AdamW.
-  experiments/requirements.txt installs it.
 """
 
 import json

@@ -3,9 +3,8 @@
     make sweep GRID=mine.json CLUSTER=tcp://host:8786 WORKERS=2
 
 GRID is JSON, {"base": {parameters}, "changes": {"name": {parameters}}, "seeds": [0, 1]}. Each
-change is made with each seed. CLUSTER is the address of a Dask scheduler, of which
-experiments/README.md tells; without it, workers of this machine's own do the work. Repeating the
-command goes on where it stopped.
+change is made with each seed. CLUSTER is the address of a Dask scheduler; without it, workers of
+this machine's own do the work. Repeating the command goes on where it stopped.
 """
 
 import io
@@ -77,8 +76,7 @@ def start_workers(cluster: str, workers: int) -> Client:
     dask_config.set({"distributed.worker.profile.enabled": False})
     threads = max(1, CPU_COUNT // workers)
     dask_config.set({"distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": threads})
-    own = {"n_workers": workers, "threads_per_worker": 1}
-    own |= {"dashboard_address": "127.0.0.1:0"}  # any free port
+    own = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
     own |= {"memory_limit": 0, "silence_logs": 50}  # the kernels need the memory
     try:
         return Client(cluster, timeout="10s") if cluster else Client(**own)
@@ -88,12 +86,18 @@ def start_workers(cluster: str, workers: int) -> Client:
 
 
 def check_workers(client: Client) -> None:
-    """Raise `InputError` unless a scheduler has workers, each for one run at a time."""
+    """Raise `InputError` unless a scheduler has workers that can make runs, one at a time each."""
+    mend = "start them in its folder, with .venv/bin/python -m dask, workers with --nthreads 1"
     threads = client.nthreads().values()
     if not threads or max(threads) > 1:
         what = "have more than one thread" if threads else "are missing"
-        mend = "start some with --nthreads 1, since a run needs a process of its own"
-        raise InputError(f"the scheduler's workers {what}: {mend}.")
+        raise InputError(f"this project's workers {what}: {mend}.")
+    try:
+        client.run_on_scheduler(gpu_of, 0)  # or any other function: Dask would wait for ever
+        client.run(gpu_of, 0)
+    except Exception as error:  # a worker's error comes back as a bare Exception
+        what = f"the scheduler or a worker can't import this project ({error})"
+        raise InputError(f"{what}: {mend}.") from None
 
 
 def make_run(recipe: pets.Recipe) -> dict:
@@ -110,8 +114,7 @@ def make_run(recipe: pets.Recipe) -> dict:
             outcome = "kept"
         else:
             with redirect_stdout(io.StringIO()):  # many runs at once have one bar
-                options = ["-y", given, "--cwd", str(pets.ROOT)]
-                execute(NARRATIVE, folder / "notebook.ipynb", options)
+                execute(NARRATIVE, folder / "notebook.ipynb", ["-y", given])
             outcome = "made"
     except InputError as error:
         why = str(error)
@@ -155,8 +158,7 @@ def outcome_of(future: Future) -> dict:
     try:
         return future.result()
     except Exception as error:  # its worker died again and again, or the scheduler is gone ...
-        told = f"its worker failed ({type(error).__name__}: {reason(error)})"
-        why = f"{told}: start one in the project's folder that has memory enough."
+        why = f"its worker failed ({reason(error)}): make the run alone to see why."
     return {"run": future.key, "outcome": "failed", "why": why}
 
 

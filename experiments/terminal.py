@@ -6,7 +6,6 @@ is, a line for each section. All that papermill itself tells goes to a file.
 
 import json
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -76,7 +75,7 @@ class Engine(NBClientEngine):
         options["extra_arguments"] = ["--log-level=CRITICAL"]  # the kernel's would break a bar
         try:
             with TemporaryDirectory() as sockets:
-                if os.name == "posix":
+                if sys.platform != "win32":
                     # Kernels that start at the same moment may draw the same ports (papermill's
                     # issue 511), so their sockets are files.
                     files = {"transport": "ipc", "ip": f"{sockets}/kernel"}

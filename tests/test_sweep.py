@@ -199,17 +199,17 @@ def test_a_killed_workers_run_goes_on_from_its_checkpoint_elsewhere(scheduler, n
     assert not (folder / "checkpoint.old.pt").exists()  # where one that starts anew puts it
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_workers_that_are_unfit_are_told(threads, scheduler, complains, tmp_path):
-    """With several threads, or outside of the project's folder."""
+@pytest.mark.parametrize(("threads", "elsewhere", "told", "mend"), [
+    ("2", False, "more than one thread", "--nthreads 1"),
+    ("1", True, "can't import this project", "start them in its folder"),
+])  # fmt: skip
+def test_workers_that_are_unfit_end_in_a_sentence(
+    threads, elsewhere, told, mend, scheduler, complains, tmp_path
+):
     address, processes = scheduler
-    processes.append(start("worker", address, "--nthreads", threads, "--no-nanny", folder=tmp_path))
+    folder = tmp_path if elsewhere else pets.ROOT
+    processes.append(start("worker", address, "--nthreads", threads, "--no-nanny", folder=folder))
     with sweep.Client(address, timeout="30s") as client:
         client.wait_for_workers(1, timeout=60)
-    if threads == "2":
-        with complains("more than one thread", "--nthreads 1"):
-            sweep.make_runs({"first": TINY}, address)
-    else:
-        (outcome,) = sweep.make_runs({"first": TINY}, address)
-        assert "No module named 'experiments'" in outcome["why"]
-        assert "start one in the project's folder" in outcome["why"]
+        with complains(told, mend):
+            sweep.check_workers(client)
