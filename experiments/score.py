@@ -15,6 +15,9 @@ def main(data_dir: str, run: str = "notebooks/oxford_run") -> None:
     """Load a run's weights, predict the test split and print both scores, all checked first."""
     then = read_folder(pets.ROOT / run)
     model, recipe = pets.load_net(pets.ROOT / run)
+    needed = {"SKIPS", "LIMIT", "IMAGE_SIZE", "SCORE_SIZE", "FLIP"}  # what scores depend on
+    if missing := needed - then.parameters.keys():
+        raise InputError(f"{run} doesn't tell {', '.join(sorted(missing))}: make the run again.")
     if recipe.DATASET != "oxford":
         raise InputError(f"{run} is not of the real dataset: name a run with DATASET oxford.")
     device = pets.pick_device(recipe.DEVICE)
