@@ -58,7 +58,7 @@ def counted(labels: Tensor, masks: Tensor) -> np.ndarray:
 def scored_by_hand(matrix: np.ndarray) -> tuple[float, float]:
     """Return pixel accuracy and mean IoU of a confusion matrix (3, 3) that has every class."""
     right, both = matrix.diagonal(), matrix.sum(0) + matrix.sum(1)
-    return right.sum() / matrix.sum(), (right / (both - right)).mean()
+    return float(right.sum() / matrix.sum()), float((right / (both - right)).mean())
 
 
 # ------------------------------------------------------------------- the loss
