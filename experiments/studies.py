@@ -169,8 +169,11 @@ def train_and_score(
 
 
 def compare_nets(folder: Path) -> dict:
-    """Train and score both nets with both optimisers."""
-    import segmentation_models_pytorch as smp  # of experiments/requirements.txt, for this alone
+    """Train and score both nets with both optimisers. Errors: `InputError`."""
+    try:
+        import segmentation_models_pytorch as smp  # for this alone
+    except ImportError:
+        raise pets.InputError("first run pip install -r experiments/requirements.txt.") from None
 
     splits = load(folder, peer_recipes()["Muon"])
     peer = partial(smp.Unet, "resnet18", encoder_weights=None, classes=len(pets.CLASSES))
