@@ -88,8 +88,9 @@ def test_a_terminal_has_one_bar_with_section_and_state(show, monkeypatch):
 
 def test_best_is_the_kept_run():
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
-    recipe = pets.Recipe(**yaml.safe_load(TOLD["best"])).model_dump(exclude=pets.Recipe.PLACES)
-    assert recipe == {name: kept["parameters"][name] for name in recipe}
+    recipes = [pets.Recipe(**it) for it in (yaml.safe_load(TOLD["best"]), kept["parameters"])]
+    best, used = (recipe.model_dump(exclude=pets.Recipe.PLACES) for recipe in recipes)
+    assert best == used
     assert f"{cut(100 * kept['test']['pixel_accuracy'], 2)} %" in TOLD["best"]
     assert f"mean IoU {cut(kept['test']['mean_iou'], 3)}" in TOLD["best"]
     assert f"{kept['training']['seconds'] / 60:.0f} minutes" in TOLD["best"]
