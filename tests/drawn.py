@@ -33,6 +33,8 @@ def draw_pets(folder: Path, names: list[str], side: int, dark: bool = False) -> 
     seed = draw(names[0]).randrange(2**31)
     random = torch.Generator().manual_seed(seed)
     coarse = torch.randint(3, (len(names), 7, 7), generator=random)
+    if dark:  # some without a pet: images differ, so that a mean over them is none over pixels
+        coarse[1::3].clamp_(min=1)
     masks = torch.nn.functional.interpolate(coarse[:, None].float(), (side, side))[:, 0].byte()
     noise = torch.randint(-20, 20, (len(names), 3, side, side), generator=random)
     images = (torch.eye(3)[masks.long()].permute(0, 3, 1, 2) * 180 + 40 + noise).byte()
