@@ -36,7 +36,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --nbval
 
-# The long form of the fault tests: kills, full disks, damaged files, and every parameter, ten to fifteen minutes.
+# The long form of the fault tests: kills, full disks, damaged files, and every parameter, some seven minutes.
 faults: .venv/installed
 	PETSEG_FAULTS=long $(BIN)/python -m pytest tests/test_faults.py
 
