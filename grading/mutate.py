@@ -9,6 +9,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import nbformat
@@ -45,6 +46,7 @@ def read_mutants() -> list[Mutant]:
     return mutants
 
 
+@cache  # so that 200 mutants parse the notebook once
 def sources() -> dict[str, str]:
     """Return the text that mutants change, by their kind."""
     notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
