@@ -110,7 +110,8 @@ class Recipe(Parameters):
             check_side(side, self.DEPTH)
         if len(small) >= self.EPOCHS or max(small, default=0) > self.IMAGE_SIZE:
             wanted = f"name fewer epochs than {self.EPOCHS}, at sides up to {self.IMAGE_SIZE}"
-            raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}.")
+            why = "the last epochs train at IMAGE_SIZE, which is scored"
+            raise InputError(f"SMALL_EPOCHS should {wanted}, not {self.SMALL_EPOCHS!r}: {why}.")
         return self
 
     @property
@@ -200,7 +201,8 @@ def load_pets(
 
     def fill(index: int) -> None:
         image, trimap = open_pair(*files_of(folder, names[index]))
-        # Pillow's filter is antialiased. A trimap's values are names, which must never be mixed.
+        # Pillow's bilinear filter is antialiased. A trimap's values are names, not amounts, and
+        # must never be mixed.
         image = image.resize((side, side), Image.Resampling.BILINEAR)
         trimap = trimap.resize((mask_side, mask_side), Image.Resampling[resize.upper()])
         images[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
