@@ -17,14 +17,14 @@ NOTEBOOK = Path("notebooks/pet_segmentation.ipynb")
 SECONDS = 180  # for all of its cells, also on a busy machine
 RUN = "graded"
 WEIGHTS = Path("runs") / RUN / "weights.pt"
-PICTURES = {"trainval": 330, "test": 80}  # more than LIMIT, which has to be obeyed
+PICTURES = {"trainval": 250, "test": 250}  # more than LIMIT, which has to be obeyed
 PLACES = {"DATA_DIR": "data", "DEVICE": "cpu", "PHOTO": "", "DOWNLOAD": False, "RESUME": False}
 # All that say where, on what and what is scored; how to train is the learner's.
 PARAMETERS = PLACES | {
-    "DATASET": "sample", "LIMIT": 320, "HOLD_OUT": 0.15, "RUN_NAME": RUN, "SEED": 3,
+    "DATASET": "sample", "LIMIT": 240, "HOLD_OUT": 0.15, "RUN_NAME": RUN, "SEED": 3,
     "IMAGE_SIZE": 32, "SCORE_SIZE": 48, "MASK_RESIZE": "nearest", "FLIP": True,
     "BASE_CHANNELS": 8, "DEPTH": 4, "NORMS": 1, "SKIPS": True,
-    "EPOCHS": 6, "SMALL_EPOCHS": "", "BATCH_SIZE": 16, "PRECISION": "float32",
+    "EPOCHS": 8, "SMALL_EPOCHS": "", "BATCH_SIZE": 16, "PRECISION": "float32",
     "AUGMENT": 0.0,  # so that the images that a net sees are known again
 }  # fmt: skip
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python 3"}
