@@ -639,7 +639,8 @@ def train_epoch(training: Training, pets: Pets, recipe: Recipe, bar: tqdm) -> fl
         bar.update()
     mean = torch.stack(losses).mean().item()
     if not math.isfinite(mean):
-        raise InputError("the loss is no longer a number: make LEARNING_RATE smaller, train again.")
+        what = "make LEARNING_RATE smaller and train again"
+        raise InputError(f"the loss is no longer a number: {what}.")
     return mean
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 from pillow_heif import register_heif_opener
-from torchvision.datasets import OxfordIIITPet
 from tqdm import tqdm
 
 from support.parameters import InputError, brief, reason
@@ -22,12 +21,13 @@ def find_dataset(data_dir: str | Path, download: bool = False) -> Path:
     """Return `data_dir`/oxford-iiit-pet, downloaded if asked (800 MB). Errors: `InputError`."""
     folder = ROOT / Path(data_dir).expanduser() / "oxford-iiit-pet"
     if download:
+        from torchvision.datasets import OxfordIIITPet  # here, for it takes a second
+
         try:
             OxfordIIITPet(folder.parent, download=True)
         except Exception as error:  # of the network, the archive or the disk
-            archives = "images.tar.gz and annotations.tar.gz"
-            by_hand = f"unpack {archives} from www.robots.ox.ac.uk/~vgg/data/pets there"
-            what = f"check the network and try again, or {by_hand}"
+            parts = "images.tar.gz and annotations.tar.gz from www.robots.ox.ac.uk/~vgg/data/pets"
+            what = f"check the network and try again, or unpack {parts} there"
             raise InputError(f"downloading {folder} failed ({reason(error)}): {what}.") from None
     if not os.path.isdir(folder):
         what = "set DATA_DIR to the folder that holds it, or DOWNLOAD"

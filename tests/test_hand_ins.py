@@ -141,8 +141,9 @@ def test_stored_outputs_fail_with_the_reason(staged, fault):
     nbformat.write(notebook, staged / "executed.ipynb")  # what the grader saw
     exec(fault.mark, {"cells": [cell for cell in notebook.cells if cell.cell_type == "code"]})
     write(staged, json.loads(nbformat.writes(notebook)))
-    with pytest.raises(AssertionError, match=re.escape(fault.why)):
+    with pytest.raises(AssertionError, match=re.escape(fault.why)) as told:
         criteria.test_stored_outputs_reproduce()
+    assert ("no tag of nbval" in str(told.value)) == ("others" in fault.why)  # it has none
 
 
 def test_outputs_are_compared_whatever_the_kernel_and_the_device_are_called(staged):
