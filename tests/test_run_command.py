@@ -67,10 +67,10 @@ def test_without_a_terminal_each_section_is_a_line_and_scores_and_page_follow(sh
     *sections, images, accuracy, iou, ious, seconds, done = printed.splitlines()
     assert sections == ["Title", "Train the net"]
     assert images.endswith("(oxford)")
-    assert accuracy.endswith(" 93.10 %")
+    assert accuracy.endswith(" 93.15 %")
     assert iou.endswith(" 0.806")
-    assert ious.endswith(" pet 0.873, background 0.933, border 0.611")
-    assert seconds.endswith(" 3516 s")
+    assert ious.endswith(" pet 0.874, background 0.933, border 0.610")
+    assert seconds.endswith(" 6860 s")
     assert done == f"Done: open {tmp_path / 'notebook.html'}"
     assert papermill_engines.get_engine(None) is NBClientEngine  # for all else in this process
     assert show("--prepare-only")[0] == f"{done}\n"  # the scores are of another run then

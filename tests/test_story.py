@@ -64,7 +64,7 @@ def test_first_cell_shows_the_result_and_the_headline_is_the_kept_runs():
     picture = (pets.ROOT / "figures" / "result.png").read_bytes()
     assert base64.b64decode(first.attachments["result.png"]["image/png"]) == picture
     told = stored("headline", "text/markdown")
-    assert f"{KEPT['test']['pixel_accuracy']:.1%} of the pixels" in told
+    assert f"{KEPT['test']['pixel_accuracy']:.2%} of the pixels" in told
     assert f"of {KEPT['test']['images']:,} new" in told
 
 
