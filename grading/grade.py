@@ -50,6 +50,7 @@ def prepare() -> None:
     os.environ |= SETTINGS
     os.environ.setdefault("GRADED_SEED", str(secrets.randbelow(2**31)))  # of tests/drawn.py
     sys.dont_write_bytecode = True
+    matplotlib.use(SETTINGS["MPLBACKEND"])  # it was imported before
     for name in (*HEAVY, *(f"_pytest.{plugin}" for plugin in default_plugins)):
         importlib.import_module(name)
 
@@ -441,9 +442,8 @@ def as_markdown(graded: Grade) -> str:
 
 def as_junit(results: list[Result]) -> bytes:
     """Return the results as JUnit XML, a test case for each criterion."""
-    failures = sum(not result.passed for result in results)
-    counts = {"tests": str(len(results)), "failures": str(failures)}
-    suite = ElementTree.Element("testsuite", name="rubric", **counts)
+    suite = ElementTree.Element("testsuite", name="rubric", tests=str(len(results)))
+    suite.set("failures", str(sum(not result.passed for result in results)))
     for c, passed, why, seconds in results:
         known = {"classname": "rubric", "name": c.id, "time": f"{seconds:.2f}"}
         case = ElementTree.SubElement(suite, "testcase", **known)

@@ -66,6 +66,7 @@ def write_table(out: Path, names: list[str]) -> None:
 
 def start_worker(temporary: str) -> None:
     """Leave Ctrl-C to the process that waits for all, and temporary files, too."""
+    multiprocessing.current_process().daemon = False  # a hand-in may start processes
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tempfile.tempdir = temporary
 

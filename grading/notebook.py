@@ -3,14 +3,24 @@
 It is executed with small parameters, on pictures that the grader draws by a seed of its own.
 """
 
+import asyncio
 import os
 import re
 import shutil
+import sys
+import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import torch
+from ipykernel.kernelapp import IPKernelApp
+from jupyter_client import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
+from papermill import execute_notebook
+from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 NOTEBOOK = Path("notebooks/pet_segmentation.ipynb")
@@ -36,6 +46,10 @@ def draw_sample_pets(root, *given, **named):
     return draw_anew(root, *given, **named) if given or named else Path({!r})
 """
 SPY = "import grading.spy"
+UNTIL_SAVED = f"""{SPY}, grading.sketch
+get_ipython().events.register("post_run_cell", grading.spy.leave)
+"""
+DEAD = "dead"  # the name of a file that says that a cell ended its kernel
 
 
 def read(path: Path) -> NotebookNode:
@@ -90,44 +104,50 @@ def draw_pictures(folder: Path, seed: int) -> None:
         Image.fromarray((trimap % 3 + 1).astype(np.uint8)).save(path)
 
 
-def execute(folder: Path, pictures: Path) -> None:
+def execute(folder: Path, pictures: Path, first: str = SPY) -> None:
     """Execute the notebook staged in `folder` on drawn pictures; what it leaves there tells.
 
-    All its cells are run, whatever one of them raises.
+    All its cells are run, after a `first` one, whatever one of them raises.
     """
-    from nbclient.exceptions import DeadKernelError
-    from papermill import execute_notebook
-    from papermill.exceptions import PapermillExecutionError
-
     with (folder / "support" / "sample_pets.py").open("a", encoding="utf-8") as file:
         file.write(AS_DRAWN.format(str(pictures / "oxford-iiit-pet")))
     os.chdir(folder)
     os.environ["PYTHONPATH"] = str(folder)
     notebook = cleaned(read(NOTEBOOK))
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(SPY))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     nbformat.write(notebook, "notebooks/clean.ipynb")
-    options = {"progress_bar": False, "allow_errors": True}
+    options = {"progress_bar": False, "allow_errors": True, "kernel_manager_class": ForkedKernel}
     try:
         # Papermill writes it after each cell, so one that ends the kernel still leaves the others.
-        execute_notebook("notebooks/clean.ipynb", "executed.ipynb", PARAMETERS, **options)
-    except PapermillExecutionError:
-        pass  # the cell tells
+        with suppress(PapermillExecutionError):  # the cell tells
+            execute_notebook("notebooks/clean.ipynb", "executed.ipynb", PARAMETERS, **options)
     except DeadKernelError:
-        mark_the_last("executed.ipynb")
+        Path(DEAD).touch()
 
 
-def execute_until_saved(folder: Path, pictures: Path) -> None:
-    """Execute a staged notebook until its weights are saved, with figures that nobody looks at."""
-    os.environ |= {"GRADED_UNTIL_SAVED": "1", "IPYTHONDIR": str(sketching(folder))}
-    execute(folder, pictures)
+class ForkedKernel(AsyncKernelManager):
+    """A kernel forked from this process: what was imported here needs no seconds there."""
+
+    async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: object) -> None:
+        given = kernel_cmd[kernel_cmd.index("-f") :]
+        await super()._async_launch_kernel(kernel_cmd, preexec_fn=lambda: be_kernel(given), **kw)
 
 
-def sketching(folder: Path) -> Path:
-    """Return a folder of settings with which kernels draw figures coarsely."""
-    startup = folder / ".ipython" / "profile_default" / "startup"
-    startup.mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name("sketch.py"), startup)
-    return folder / ".ipython"
+def be_kernel(arguments: list[str]) -> None:
+    """Be a kernel as if started anew, in a process just forked; this never returns."""
+    os.closerange(3, 4096)  # the way to the grader, and the pipe on which `subprocess` waits
+    sys.path.insert(0, os.environ["PYTHONPATH"])
+    installed = tuple(sysconfig.get_paths().values())
+    for name, module in list(sys.modules.items()):
+        place = getattr(module, "__file__", None) or [*getattr(module, "__path__", ()), ""][0]
+        # The grader's, of which the hand-in has its own, and what reads settings when imported.
+        if name.startswith("tqdm") or (place[:1] == "/" and not place.startswith(installed)):
+            del sys.modules[name]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
+    os._exit(0)
 
 
 def quiz_of(path: Path) -> str:
@@ -135,19 +155,6 @@ def quiz_of(path: Path) -> str:
     cells = nbformat.read(path, as_version=4).cells
     answers = re.findall(r"^\d+: (.+)$", "\n".join(map(printed, cells)), re.MULTILINE)
     return f"Of {len(answers)} answers of the quiz {answers.count('right')} are right."
-
-
-def mark_the_last(path: str) -> None:
-    """Give the last cell that papermill began an error: it ended the kernel.
-
-    Whether such a cell has an execution count depends on timing, and papermill calls the cells
-    that it never began completed.
-    """
-    notebook = nbformat.read(path, as_version=4)
-    last = [cell for cell in notebook.cells if cell.metadata.papermill.start_time][-1]
-    told = {"ename": "DeadKernelError", "evalue": "the cell ended its kernel"}
-    last.outputs.append(nbformat.v4.new_output("error", **told))
-    nbformat.write(notebook, path)
 
 
 def printed(cell: NotebookNode) -> str:

@@ -1,4 +1,4 @@
-"""Draw figures coarsely: a kernel that starts with this spares the time where nobody looks."""
+"""Draw figures coarsely: a kernel that imports this spares the time where nobody looks."""
 
 from matplotlib.backend_bases import FigureCanvasBase
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from IPython import get_ipython
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -51,8 +50,6 @@ def leave(_: object) -> None:
 
 petseg_utils.evaluate = noted
 register_module_forward_pre_hook(note_images)
-if os.environ.get("GRADED_UNTIL_SAVED"):
-    get_ipython().events.register("post_run_cell", leave)
 with suppress(Exception):  # what is wrong with the net, its own tests tell
     used = grader.PARAMETERS
     net = petseg_utils.UNet(used["BASE_CHANNELS"], used["DEPTH"], norms=used["NORMS"])

@@ -106,6 +106,10 @@ def test_notebook_runs_to_its_end():
             pytest.fail(f"expected no error, found {told(errors[0])} in {where}")
         ended = cell.metadata.papermill.status == "completed"
         expect(ended, "every cell to end in time", f"that {where} did not")
+    if (RUN_FOLDER / grader.DEAD).exists():  # papermill calls what it never began completed
+        begun = [cell for cell in executed() if cell.metadata.papermill.start_time]
+        where = place(len(begun), begun[-1]) if begun else "the import of petseg_utils"
+        pytest.fail(f"expected no error, found that one ended its kernel in {where}")
     expect(len(executed()) == len(stored().cells), "all of the cells", "fewer")
 
 
@@ -229,7 +233,7 @@ def test_test_images_are_scored_once(names):
 def test_test_images_decide_nothing():
     """What is trained must not differ if the labels of test images, and they alone, do."""
     first = of_run("weights.pt")
-    grader.execute_until_saved(STORED, PICTURES / "turned")
+    grader.execute(STORED, PICTURES / "turned", grader.UNTIL_SAVED)
     again = STORED / WEIGHTS
     expect(again.exists(), "the file weights.pt also of a second run", "none")
     true, other = (torch.load(path, weights_only=True) for path in (first, again))
@@ -285,15 +289,15 @@ def strict_nbval(notebook: nbformat.NotebookNode) -> tuple[int, list[str]]:
     """
     for cell in notebook.cells:
         if "parameters" in cell.metadata.tags:
-            given = PLACES.keys() & grader.assigned(cell.source)
-            cell.source += "".join(f"\n{name} = {PLACES[name]!r}" for name in sorted(given))
+            given = grader.assigned(cell.source)
+            places = [f"{name} = {PLACES[name]!r}" for name in PLACES if name in given]
+            cell.source = "\n".join([cell.source, *places, "import grading.sketch"])
     nbformat.write(notebook, STORED / NOTEBOOK)
     if (PICTURES / "default").exists():  # spares the time to draw them
         shutil.copytree(PICTURES / "default", STORED / "data" / "sample")
     command = [sys.executable, "-m", "pytest", "-pnbval", "--nbval", "--nbval-cell-timeout=150"]
     command += ["-pno:cacheprovider", "--junitxml=nbval.xml", "-c", "pyproject.toml", str(NOTEBOOK)]
-    settings = {"PYTHONPATH": str(STORED), "IPYTHONDIR": str(grader.sketching(STORED))}
-    subprocess.run(command, cwd=STORED, env=os.environ | settings, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=STORED, env=os.environ | {"PYTHONPATH": str(STORED)})
     report = STORED / "nbval.xml"
     expect(report.is_file(), "a verdict of nbval", "none")
     cases = list(ElementTree.parse(report).iter("testcase"))

@@ -200,7 +200,8 @@ def hand_ins(source, tmp_path_factory) -> Path:
     modules |= {"vandal": source + VANDAL, "needs a package": f"import no_such_package\n{source}"}
     modules["right"] = source.replace(block, "from my_blocks import conv_plus_conv\n\n\n")
     files = {f"{name}/petseg_utils.py": module for name, module in modules.items()}
-    files["right/my_blocks.py"] = f"from torch import nn\n\n\n{block}"
+    workers = "import multiprocessing\nmultiprocessing.Process().start()\n"  # as DataLoader does
+    files["right/my_blocks.py"] = f"from torch import nn\n\n\n{block}{workers}"
     files |= dict.fromkeys(("right/conftest.py", "right/tests/conftest.py"), "raise SystemExit\n")
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
