@@ -143,9 +143,9 @@ def be_kernel(arguments: list[str]) -> None:
         # The grader's, of which the hand-in has its own, and what reads settings when imported.
         if name.startswith("tqdm") or (place[:1] == "/" and not place.startswith(installed)):
             del sys.modules[name]
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    asyncio.set_event_loop(asyncio.new_event_loop())
+    torch.set_num_threads(1)  # what a net learns depends on how many there are
+    torch.manual_seed(0)  # a new process begins alike each time, too
+    asyncio.set_event_loop(asyncio.new_event_loop())  # the old one's files are closed
     IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
     os._exit(0)
 

@@ -109,7 +109,7 @@ def test_notebook_runs_to_its_end():
     if (RUN_FOLDER / grader.DEAD).exists():  # papermill calls what it never began completed
         begun = [cell for cell in executed() if cell.metadata.papermill.start_time]
         where = place(len(begun), begun[-1]) if begun else "the import of petseg_utils"
-        pytest.fail(f"expected no error, found that one ended its kernel in {where}")
+        pytest.fail(f"expected no error, found that the cell ended its kernel in {where}")
     expect(len(executed()) == len(stored().cells), "all of the cells", "fewer")
 
 
