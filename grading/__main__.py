@@ -17,7 +17,6 @@ def main() -> None:
     add("--hand-ins", type=Path, help="a folder in which every folder is a hand-in; needs --out")
     add("--out", type=Path, help="folder for grade.json, grade.md and junit.xml (and grades.csv)")
     add("--quick", action="store_true", help="judge the module alone")
-    add("--hints", action="store_true", help="add a hint for every criterion that is not met")
     given = parser.parse_args()
     start = time.monotonic()
     rubric = grader.read_rubric(quick=given.quick)
@@ -26,7 +25,7 @@ def main() -> None:
     hand_in = grader.read_hand_in(given.hand_in)
     grader.prepare()
     graded = grader.grade(hand_in, rubric, grader.expected_tests(rubric.criteria), workers=4)
-    grader.show(graded, given.hints)
+    grader.show(graded)
     seconds = time.monotonic() - start
     print(f"{graded}: {'passed' if graded.passed else 'NOT passed'}, in {seconds:.0f} s.")
     if given.out:

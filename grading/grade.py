@@ -310,10 +310,7 @@ def pictures() -> tempfile.TemporaryDirectory:
 
 
 def plan(folder: Path, hand_in: HandIn, criteria: list[Criterion]) -> dict[str, Job]:
-    """Return the jobs that grade a hand-in: "run", which executes its notebook, and a criterion's.
-
-    Each computes on one thread: what a net learns depends on how many there are.
-    """
+    """Return the jobs of a hand-in: "run", which executes its notebook, and each criterion's."""
     own, jobs, seen = grader_files(), {}, [ROOT]
     files = own | hand_in.files
     of_module = {place: content for place, content in files.items() if place != NOTEBOOK}
@@ -453,8 +450,8 @@ def as_junit(results: list[Result]) -> bytes:
     return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
 
 
-def show(graded: Grade, hints: bool) -> None:
-    """Print the rubric with what was got."""
+def show(graded: Grade) -> None:
+    """Print the rubric with what was got, and a hint where that is nothing."""
     seed = f"What the tests draw is GRADED_SEED={os.environ['GRADED_SEED']}."
     print(*graded.notes, seed, sep="\n")
     for r in graded.results:
@@ -462,7 +459,7 @@ def show(graded: Grade, hints: bool) -> None:
         print(f"{verdict}  {r.points:2} of {c.points:2}  {c.id:14} {c.sentence}")
         if not r.passed:
             print(f"{'':18}why: {r.why}")
-            if hints and c.hint:
+            if c.hint:
                 print(f"{'':18}hint: {c.hint}")
 
 

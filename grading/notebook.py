@@ -4,6 +4,7 @@ It is executed with small parameters, on pictures that the grader draws by a see
 """
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -11,12 +12,14 @@ import sys
 import sysconfig
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import numpy as np
+import pytest
 import torch
 from ipykernel.kernelapp import IPKernelApp
-from jupyter_client import AsyncKernelManager
+from jupyter_client import KernelManager
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill import execute_notebook
@@ -104,11 +107,28 @@ def draw_pictures(folder: Path, seed: int) -> None:
         Image.fromarray((trimap % 3 + 1).astype(np.uint8)).save(path)
 
 
-def execute(folder: Path, pictures: Path, first: str = SPY) -> None:
-    """Execute the notebook staged in `folder` on drawn pictures; what it leaves there tells.
+async def fork_kernel(manager: KernelManager, kernel_cmd: list[str], **kw: object) -> None:
+    """Fork a kernel from this process: what was imported here needs no seconds there."""
+    given = kernel_cmd[kernel_cmd.index("-f") :]
+    await launch(manager, kernel_cmd, preexec_fn=lambda: be_kernel(given), **kw)
 
-    All its cells are run, after a `first` one, whatever one of them raises.
-    """
+
+launch = KernelManager._async_launch_kernel
+with_forked_kernels = patch.object(KernelManager, launch.__name__, fork_kernel)
+
+
+@with_forked_kernels
+def run_nbval(folder: Path) -> None:
+    """Run nbval on the notebook that lies in `folder`; nbval.xml there tells."""
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(folder)
+    options = ["-pnbval", "--nbval", "--nbval-cell-timeout=150", "-pno:cacheprovider"]
+    pytest.main([*options, "--junitxml=nbval.xml", "-c", "pyproject.toml", str(NOTEBOOK)])
+
+
+@with_forked_kernels
+def execute(folder: Path, pictures: Path, first: str = SPY) -> None:
+    """Execute a `first` cell and all of the notebook staged in `folder` on drawn pictures."""
     with (folder / "support" / "sample_pets.py").open("a", encoding="utf-8") as file:
         file.write(AS_DRAWN.format(str(pictures / "oxford-iiit-pet")))
     os.chdir(folder)
@@ -116,21 +136,13 @@ def execute(folder: Path, pictures: Path, first: str = SPY) -> None:
     notebook = cleaned(read(NOTEBOOK))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     nbformat.write(notebook, "notebooks/clean.ipynb")
-    options = {"progress_bar": False, "allow_errors": True, "kernel_manager_class": ForkedKernel}
+    options = {"progress_bar": False, "allow_errors": True}
     try:
         # Papermill writes it after each cell, so one that ends the kernel still leaves the others.
         with suppress(PapermillExecutionError):  # the cell tells
             execute_notebook("notebooks/clean.ipynb", "executed.ipynb", PARAMETERS, **options)
     except DeadKernelError:
         Path(DEAD).touch()
-
-
-class ForkedKernel(AsyncKernelManager):
-    """A kernel forked from this process: what was imported here needs no seconds there."""
-
-    async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: object) -> None:
-        given = kernel_cmd[kernel_cmd.index("-f") :]
-        await super()._async_launch_kernel(kernel_cmd, preexec_fn=lambda: be_kernel(given), **kw)
 
 
 def be_kernel(arguments: list[str]) -> None:
@@ -144,7 +156,8 @@ def be_kernel(arguments: list[str]) -> None:
         if name.startswith("tqdm") or (place[:1] == "/" and not place.startswith(installed)):
             del sys.modules[name]
     torch.set_num_threads(1)  # what a net learns depends on how many there are
-    torch.manual_seed(0)  # a new process begins alike each time, too
+    torch.manual_seed(torch.Generator().initial_seed())  # as in every new process
+    logging.root.handlers.clear()  # pytest's
     asyncio.set_event_loop(asyncio.new_event_loop())  # the old one's files are closed
     IPKernelApp.launch_instance([*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])
     os._exit(0)

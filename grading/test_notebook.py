@@ -5,11 +5,10 @@ executed, GRADED_STORED one in which it lies as it was handed in, GRADED_PICTURE
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 from xml.etree import ElementTree
@@ -71,10 +70,7 @@ def names() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="session")
 def model() -> pets.UNet:
-    """Return the grader's own net with the weights that the notebook saved.
-
-    A hand-in may name its layers as it likes: they are matched by the order of their use.
-    """
+    """Return the grader's net with the weights saved: layers match by the order of their use."""
     b, depth, norms = (PARAMETERS[name] for name in ("BASE_CHANNELS", "DEPTH", "NORMS"))
     model = pets.UNet(b, depth, norms=norms)
     weights, noted = load_tensors(of_run("weights.pt")), RUN_FOLDER / "names.json"
@@ -283,10 +279,7 @@ def marks_of(cell: nbformat.NotebookNode) -> str:
 
 
 def strict_nbval(notebook: nbformat.NotebookNode) -> tuple[int, list[str]]:
-    """Run nbval on the notebook as it was handed in; return how many cells it ran, what failed.
-
-    Only where it finds its files and computes is this machine's.
-    """
+    """Run nbval on a notebook, in this machine's places; return how many cells ran, what failed."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.tags:
             given = grader.assigned(cell.source)
@@ -295,9 +288,9 @@ def strict_nbval(notebook: nbformat.NotebookNode) -> tuple[int, list[str]]:
     nbformat.write(notebook, STORED / NOTEBOOK)
     if (PICTURES / "default").exists():  # spares the time to draw them
         shutil.copytree(PICTURES / "default", STORED / "data" / "sample")
-    command = [sys.executable, "-m", "pytest", "-pnbval", "--nbval", "--nbval-cell-timeout=150"]
-    command += ["-pno:cacheprovider", "--junitxml=nbval.xml", "-c", "pyproject.toml", str(NOTEBOOK)]
-    subprocess.run(command, cwd=STORED, env=os.environ | {"PYTHONPATH": str(STORED)})
+    nbval = multiprocessing.get_context("fork").Process(target=grader.run_nbval, args=(STORED,))
+    nbval.start()
+    nbval.join()
     report = STORED / "nbval.xml"
     expect(report.is_file(), "a verdict of nbval", "none")
     cases = list(ElementTree.parse(report).iter("testcase"))

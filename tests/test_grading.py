@@ -427,7 +427,7 @@ def test_student_edition_is_complete_and_holds_no_grader(edition):
     names = {path.name for path in (folder / "grading").iterdir()}
     assert not names & {"mutate.py", "mutants.toml", "test_notebook.py"}
     assert not any(cell.outputs for cell in cells)
-    done = run("-m", "grading", "--quick", "--hints", cwd=folder)
+    done = run("-m", "grading", "--quick", cwd=folder)
     assert "hint: " in done.stdout
     assert done.stdout.count("Write `conv_plus_conv` first: ") == 1
     assert int(re.search(r"^(\d+) of 80 points", done.stdout, re.MULTILINE)[1]) <= 8
