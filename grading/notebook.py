@@ -36,9 +36,8 @@ PLACES = {"DATA_DIR": "data", "DEVICE": "cpu", "PHOTO": "", "DOWNLOAD": False, "
 PARAMETERS = PLACES | {
     "DATASET": "sample", "LIMIT": 240, "HOLD_OUT": 0.15, "RUN_NAME": RUN, "SEED": 3,
     "IMAGE_SIZE": 32, "SCORE_SIZE": 48, "MASK_RESIZE": "nearest", "FLIP": True,
-    "BASE_CHANNELS": 8, "DEPTH": 4, "NORMS": 1, "SKIPS": True,
-    "EPOCHS": 8, "SMALL_EPOCHS": "", "BATCH_SIZE": 16, "PRECISION": "float32",
-    "AUGMENT": 0.0,  # so that the images that a net sees are known again
+    "BASE_CHANNELS": 8, "DEPTH": 4, "NORMS": 1, "SKIPS": True, "EPOCHS": 8, "SMALL_EPOCHS": "",
+    "BATCH_SIZE": 16, "PRECISION": "float32", "AUGMENT": 0.0,  # so that images are known again
 }  # fmt: skip
 KERNEL = {"name": "python3", "language": "python", "display_name": "Python 3"}
 NBVAL_COMMENT = re.compile(r"^\s*#\s*(NBVAL|PYTEST_VALIDATE)_\w+\s*$", re.MULTILINE)
@@ -110,6 +109,7 @@ def draw_pictures(folder: Path, seed: int) -> None:
 async def fork_kernel(manager: KernelManager, kernel_cmd: list[str], **kw: object) -> None:
     """Fork a kernel from this process: what was imported here needs no seconds there."""
     given = kernel_cmd[kernel_cmd.index("-f") :]
+    os.environ["PYTHONPATH"] = os.getcwd()  # the staged folder
     await launch(manager, kernel_cmd, preexec_fn=lambda: be_kernel(given), **kw)
 
 
@@ -121,7 +121,6 @@ with_forked_kernels = patch.object(KernelManager, launch.__name__, fork_kernel)
 def run_nbval(folder: Path) -> None:
     """Run nbval on the notebook that lies in `folder`; nbval.xml there tells."""
     os.chdir(folder)
-    os.environ["PYTHONPATH"] = str(folder)
     options = ["-pnbval", "--nbval", "--nbval-cell-timeout=150", "-pno:cacheprovider"]
     pytest.main([*options, "--junitxml=nbval.xml", "-c", "pyproject.toml", str(NOTEBOOK)])
 
@@ -132,7 +131,6 @@ def execute(folder: Path, pictures: Path, first: str = SPY) -> None:
     with (folder / "support" / "sample_pets.py").open("a", encoding="utf-8") as file:
         file.write(AS_DRAWN.format(str(pictures / "oxford-iiit-pet")))
     os.chdir(folder)
-    os.environ["PYTHONPATH"] = str(folder)
     notebook = cleaned(read(NOTEBOOK))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     nbformat.write(notebook, "notebooks/clean.ipynb")
